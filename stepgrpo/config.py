@@ -1,0 +1,470 @@
+"""One strict tree of settings: YAML, then ``key=value`` overrides, then cross-field checks.
+
+An unknown or misspelt key is an error that suggests the nearest one. Values that follow from others are properties.
+Everything here is what a person may want to set; what a machine can find out is found out elsewhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A setting the user must change. The message names the field, what it got and what it takes."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The policy that is trained."""
+
+    path: str
+    """Checkpoint directory, or a name on the Hugging Face hub."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of rollouts and of the learner's forward pass; optimizer and master weights are always float32."""
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """Attention of the learner. flash_attention_2 needs a GPU and the `flash-attn` extra; it trains on packed rows."""
+    think_close: str = "</think>"
+    """The marker that ends thinking; one token or several."""
+
+
+class DataConfig(Section):
+    """Where problems come from. Files are JSON lines or Parquet; anything else is a data set name on the hub."""
+
+    train: str
+    """Training problems."""
+    eval: str | None = None
+    """Held-out problems for evaluation; none skips evaluation."""
+    split: str = "train"
+    """Split of a hub data set."""
+    question_field: str = "problem"
+    """Column of the question. A dot descends: `reward_model.ground_truth`."""
+    answer_field: str = "answer"
+    """Column of the true answer."""
+    suffix: str = ""
+    """Appended to each question, after a blank."""
+    chat_template: bool = True
+    """Wrap the question with the tokenizer's own chat template; off: the question is the prompt."""
+    max_prompt_tokens: PositiveInt = 2048
+    """A longer prompt is a bad line."""
+    on_bad_line: Literal["fail", "skip"] = "fail"
+    """What to do with a line that does not parse, lacks a field, or is too long: stop, or leave it out and count it."""
+
+
+class ProbeConfig(Section):
+    """When and how thinking is probed for a tentative answer. Unset fields come from the preset."""
+
+    preset: Literal["deer", "paper"] = "deer"
+    """`deer`: the tentative answer is thrown away and the answer is sampled. `paper`: the tentative answer is kept."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence above which thinking ends."""
+    max_tokens: PositiveInt = 20
+    """Most tokens of a tentative answer."""
+    max_probes: PositiveInt = 10
+    """Most probes of one trajectory."""
+    probability: Fraction = 1.0
+    """How often a trigger is probed. Below 1 it keeps variance in groups that a sure gate would cut all at one place."""
+    inducer: str | None = None
+    """Text that asks for the answer."""
+    closing: str | None = None
+    """Text that closes thinking at an exit."""
+    stop: list[str] | None = None
+    """Texts that end a tentative answer."""
+    skip_first: NonNegativeInt | None = None
+    """First tokens of the tentative answer that do not count for confidence."""
+    require_close: bool | None = None
+    """Whether only a tentative answer that ended in one of `stop` may pass."""
+
+
+class RolloutConfig(Section):
+    """How training trajectories are sampled."""
+
+    num_workers: PositiveInt = 1
+    """vLLM engines."""
+    group_size: Annotated[int, Field(ge=2)] = 5
+    """Trajectories per prompt (G)."""
+    max_response_tokens: PositiveInt = 16384
+    """Token budget of a response, thinking and answer."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
+    triggers: Annotated[list[str], Field(min_length=1)] = ["Wait"]
+    """Words that open a new reasoning step, as standalone words and case-sensitive. Steps are counted by them as well."""
+    probe: ProbeConfig | None = ProbeConfig()
+    """Truncated rollout; null samples plainly."""
+    control_fraction: Fraction = 0.0
+    """Share of trajectories left untruncated, to measure what an exit costs."""
+    think_ratio: Annotated[float, Field(gt=0, le=1)] | None = 0.9
+    """Share of the budget after which thinking is closed by force; null never does. Independent of probing."""
+    repetition_limit: Annotated[int, Field(ge=2)] | None = None
+    """Close thinking after that many equal consecutive steps; null never does."""
+
+
+class EngineConfig(Section):
+    """vLLM."""
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs of one engine."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded at the same time."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Share of a GPU's memory for weights and KV cache."""
+    kv_cache_mb: PositiveInt | None = None
+    """KV cache size; null: what `gpu_memory_utilization` leaves. On CPU it must be given."""
+    block_size: PositiveInt | None = None
+    """Tokens of a KV block; null: vLLM's default. On CPU a multiple of 32."""
+    stream_interval: PositiveInt = 8
+    """Tokens between two looks at a trajectory: lower cuts sooner, higher wakes Python less often."""
+    enforce_eager: bool = False
+    """No CUDA graphs."""
+
+
+class RewardConfig(Section):
+    """How a response is judged."""
+
+    scheme: Literal["step_aware", "outcome"] = "step_aware"
+    """`step_aware`: Step-GRPO's relative reward over reasoning steps; `outcome`: plain GRPO, accuracy and format."""
+    alpha: Fraction = 0.9
+    """Weight of accuracy; 1 - alpha is the weight of the format."""
+    beta: NonNegativeFloat = 0.5
+    """Strength of the step term."""
+    baseline: Literal["correct", "all"] = "correct"
+    """Whose mean number of steps is the yardstick: that of the group's correct responses, or of all."""
+    normalization: Literal["std", "none", "batch"] = "std"
+    """Advantages are divided by the group's standard deviation, by nothing, or by the batch's."""
+    grader: Literal["math", "exact"] = "math"
+    """`math`: math-verify in separate processes; `exact`: equal words in the last box."""
+    grade_timeout: PositiveFloat = 10.0
+    """Seconds after which grading one response is given up and counted as a grader failure."""
+    grade_memory_mb: Annotated[int, Field(ge=512)] = 2048
+    """Memory limit of a grading process."""
+    grade_processes: PositiveInt = 2
+    """Grading processes per learner rank."""
+
+
+class LearnerConfig(Section):
+    """DeepSpeed ZeRO-3 and the loss."""
+
+    num_ranks: PositiveInt = 1
+    """Learner ranks, one GPU (or CPU) each."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's betas."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled weight decay."""
+    warmup_updates: NonNegativeInt = 0
+    """Updates of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warm-up; linear and cosine end at 0."""
+    grad_clip: PositiveFloat = 1.0
+    """Limit of the gradient norm."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The ratio current/old is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.3
+    """The ratio current/old is clipped above at 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Bound of the loss of negative advantages; null: none."""
+    kl_coef: NonNegativeFloat = 0.01
+    """Weight of the KL term to the run's original model; 0 builds no reference."""
+    importance_cap: PositiveFloat | None = 2.0
+    """Cap of the importance weight old/behaviour that corrects staleness and engine numerics; null: no correction."""
+    train_exit_tokens: bool = True
+    """Train on the forced closing of a confident exit: it is what teaches the policy to stop."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most tokens (padding included) of one forward pass."""
+    logprob_chunk_tokens: PositiveInt = 1024
+    """Tokens whose logits exist at the same time."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and master weights in host memory."""
+    bucket_mb: PositiveInt = 256
+    """Size of the flat buckets in which weights are published."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    num_batches: PositiveInt = 100
+    """Rollout batches; the weights' version grows by one with each."""
+    prompts_per_batch: PositiveInt = 512
+    """Groups of a rollout batch."""
+    prompts_per_update: PositiveInt = 128
+    """Groups of one optimizer update."""
+    max_staleness: NonNegativeInt = 1
+    """Most versions between a trajectory's oldest token and its update; 0 is strictly on-policy."""
+    refill: bool = False
+    """Replace groups without signal (all rewards equal) by further draws."""
+    refill_limit: NonNegativeInt | None = None
+    """Most replacements in a batch; null: one batch. Beyond it the batch trains smaller."""
+    max_failures: PositiveInt = 3
+    """Consecutive failed rollouts after which the run stops."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases."""
+    wandb_project: str = "stepgrpo"
+    """Its project."""
+
+
+class EvalConfig(Section):
+    """Plain decoding of held-out problems."""
+
+    every: NonNegativeInt = 0
+    """Batches between two evaluations during the run; 0: only before and after."""
+    num_prompts: PositiveInt | None = None
+    """First held-out problems used before and after the run; null: all."""
+    num_prompts_during: PositiveInt | None = None
+    """The same for evaluations during the run."""
+    samples: PositiveInt = 1
+    """Responses per problem."""
+    temperature: NonNegativeFloat = 0.6
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus sampling."""
+    max_response_tokens: PositiveInt = 32768
+    """Token budget of a response."""
+
+
+class ClusterConfig(Section):
+    """Where it runs."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    """What engines and learner ranks compute on."""
+    address: str | None = None
+    """Ray cluster to join; null: $RAY_ADDRESS if set (as in `ray job submit`), otherwise a local Ray of its own."""
+    temp_dir: str | None = None
+    """Ray's directory of a local Ray; null: a private one. Short, because of unix sockets."""
+    object_store_mb: PositiveInt | None = None
+    """Object store of a local Ray; null: Ray's choice."""
+    dashboard_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
+    """Port of a local Ray's dashboard; null: no dashboard."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs of one rollout worker."""
+    cpus_per_rank: PositiveFloat = 1.0
+    """CPUs of one learner rank."""
+    start_timeout: PositiveFloat = 600.0
+    """Seconds after which a start that makes no progress is an error."""
+
+
+class Config(Section):
+    """A training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run lies under `<runs_dir>/<name>/`."""
+    runs_dir: str = "runs"
+    """Parent of the run directory."""
+    seed: NonNegativeInt = 0
+    """Seed of data order, sampling and evaluation."""
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    engine: EngineConfig = EngineConfig()
+    reward: RewardConfig = RewardConfig()
+    learner: LearnerConfig = LearnerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def updates_per_batch(self) -> int:
+        return self.train.prompts_per_batch // self.train.prompts_per_update
+
+    @property
+    def refill_limit(self) -> int:
+        """Groups without signal a batch may replace."""
+        t = self.train
+        if not t.refill:
+            return 0
+        return t.prompts_per_batch if t.refill_limit is None else t.refill_limit
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence an engine or the learner may meet: a prompt, a response and what a probe adds to it."""
+        response = max(self.rollout.max_response_tokens, self.eval.max_response_tokens if self.data.eval else 0)
+        return self.data.max_prompt_tokens + response + (256 if self.rollout.probe else 0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        t, lrn, eng, cl = self.train, self.learner, self.engine, self.cluster
+        if t.prompts_per_batch % t.prompts_per_update:
+            raise ValueError(
+                f"train.prompts_per_update: got {t.prompts_per_update}, "
+                f"takes a divisor of train.prompts_per_batch ({t.prompts_per_batch})"
+            )
+        if t.prompts_per_update < lrn.num_ranks:
+            raise ValueError(
+                f"train.prompts_per_update: got {t.prompts_per_update}, "
+                f"takes at least one group per rank (learner.num_ranks is {lrn.num_ranks})"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if lrn.micro_batch_tokens < longest:
+            raise ValueError(
+                f"learner.micro_batch_tokens: got {lrn.micro_batch_tokens}, takes at least one whole trajectory "
+                f"(data.max_prompt_tokens + rollout.max_response_tokens = {longest})"
+            )
+        if eng.max_num_seqs < self.rollout.group_size:
+            raise ValueError(
+                f"engine.max_num_seqs: got {eng.max_num_seqs}, "
+                f"takes at least one group (rollout.group_size is {self.rollout.group_size})"
+            )
+        if cl.device == "cpu":
+            if eng.kv_cache_mb is None:
+                raise ValueError("engine.kv_cache_mb: got null, takes a number of MB where cluster.device is cpu")
+            if eng.block_size is not None and eng.block_size % 32:
+                raise ValueError(
+                    f"engine.block_size: got {eng.block_size}, takes a multiple of 32 where cluster.device is cpu"
+                )
+            if self.model.attention != "sdpa":
+                raise ValueError(
+                    f"model.attention: got {self.model.attention}, takes sdpa where cluster.device is cpu"
+                )
+            if eng.tensor_parallel != 1:
+                raise ValueError(
+                    f"engine.tensor_parallel: got {eng.tensor_parallel}, takes 1 where cluster.device is cpu"
+                )
+        return self
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on (problem, response) pairs, through the learner of the RL loop."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run lies under `<runs_dir>/<name>/`."""
+    runs_dir: str = "runs"
+    """Parent of the run directory."""
+    seed: NonNegativeInt = 0
+    """Seed of the data order."""
+    model: ModelConfig
+    data: DataConfig
+    response_field: str = "response"
+    """Column of the response to learn."""
+    epochs: PositiveInt = 1
+    """Passes over the data."""
+    batch_size: PositiveInt = 32
+    """Pairs of one update."""
+    max_tokens: PositiveInt = 4096
+    """Longest pair, prompt and response; a longer one is a bad line."""
+    learner: LearnerConfig = LearnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.learner.micro_batch_tokens < self.max_tokens:
+            raise ValueError(
+                f"learner.micro_batch_tokens: got {self.learner.micro_batch_tokens}, "
+                f"takes at least max_tokens ({self.max_tokens})"
+            )
+        return self
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load(cls: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
+    """Read a YAML file, apply ``key=value`` overrides (dotted keys, YAML values), validate.
+
+    A file may name a ``base`` beside it; it is read first and overlaid key by key.
+
+    Raises:
+        ConfigError: one line per fault, each with the field, what it got and what it takes.
+    """
+    tree = _read(Path(path))
+    for item in overrides or []:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override {item!r}: takes key=value, such as train.num_batches=10")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{key}: got {text!r}, takes a YAML value ({e.__class__.__name__})") from None
+        node = tree
+        *parents, leaf = key.split(".")
+        for p in parents:
+            child = node.get(p)
+            if not isinstance(child, dict):
+                child = node[p] = {}
+            node = child
+        node[leaf] = value
+    return validate(cls, tree)
+
+
+def validate(cls: type[C], tree: dict[str, Any]) -> C:
+    """Build a config from a plain tree.
+
+    Raises:
+        ConfigError: one line per fault.
+    """
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as e:
+        raise ConfigError("\n".join(_explain(cls, err) for err in e.errors())) from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `base` goes in a circle")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror}); name a config such as configs/quickstart.yaml") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: got {type(tree).__name__}, takes a mapping of sections")
+    base = tree.pop("base", None)
+    return tree if base is None else _overlay(_read(path.parent / base, (*seen, path)), tree)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for k, v in above.items():
+        out[k] = _overlay(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
+    return out
+
+
+def _explain(cls: type[BaseModel], err: Any) -> str:
+    loc = [str(p) for p in err["loc"]]
+    where = ".".join(loc)
+    if err["type"] == "extra_forbidden":
+        section: Any = cls
+        for p in loc[:-1]:
+            section = _section_of(section, p)
+        names = list(section.model_fields)
+        near = difflib.get_close_matches(loc[-1], names, 1)
+        hint = f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"takes one of {', '.join(names)}"
+        return f"{where}: unknown key; {hint}"
+    if err["type"] == "missing":
+        return f"{where}: missing, must be set"
+    if err["type"] == "value_error":  # our own cross-field checks name field, got and takes themselves
+        return str(err["ctx"]["error"])
+    message = err["msg"].replace("Input should be", "takes")
+    return f"{where}: got {err['input']!r}, {message[0].lower()}{message[1:]}"
+
+
+def _section_of(section: Any, field: str) -> Any:
+    annotation = section.model_fields[field].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
