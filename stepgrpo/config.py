@@ -76,7 +76,7 @@ class ProbeConfig(Section):
     max_probes: PositiveInt = 10
     """Most probes of one trajectory."""
     probability: Fraction = 1.0
-    """How often a trigger is probed. Below 1 it keeps variance in groups that a sure gate would cut all at one place."""
+    """How often a trigger is probed. Below 1 keeps variance in groups that a sure gate cuts all at one place."""
     inducer: str | None = None
     """Text that asks for the answer."""
     closing: str | None = None
@@ -103,7 +103,7 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
     triggers: Annotated[list[str], Field(min_length=1)] = ["Wait"]
-    """Words that open a new reasoning step, as standalone words and case-sensitive. Steps are counted by them as well."""
+    """Words that open a new reasoning step: standalone, case-sensitive. Steps are counted by them as well."""
     probe: ProbeConfig | None = ProbeConfig()
     """Truncated rollout; null samples plainly."""
     control_fraction: Fraction = 0.0
@@ -333,9 +333,7 @@ class Config(Section):
                     f"engine.block_size: got {eng.block_size}, takes a multiple of 32 where cluster.device is cpu"
                 )
             if self.model.attention != "sdpa":
-                raise ValueError(
-                    f"model.attention: got {self.model.attention}, takes sdpa where cluster.device is cpu"
-                )
+                raise ValueError(f"model.attention: got {self.model.attention}, takes sdpa where cluster.device is cpu")
             if eng.tensor_parallel != 1:
                 raise ValueError(
                     f"engine.tensor_parallel: got {eng.tensor_parallel}, takes 1 where cluster.device is cpu"
@@ -429,7 +427,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as e:
-        raise ConfigError(f"{path}: cannot be read ({e.strerror}); name a config such as configs/quickstart.yaml") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({e.strerror}); name a config such as configs/quickstart.yaml"
+        ) from None
     except yaml.YAMLError as e:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):

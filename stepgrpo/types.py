@@ -142,7 +142,9 @@ class Trajectory:
         assert forced.tolist() == list(expected), "forced tokens other than the closing"
         assert (self.closing is not None) == (self.exit in (Exit.CONFIDENT, Exit.BUDGET, Exit.REPETITION))
         assert self.spans and all(a.end == b.start for a, b in zip(self.spans, self.spans[1:], strict=False))
-        assert (self.spans[0].start, self.spans[-1].end) == (0, n - self.prompt_len), "versions do not cover the response"
+        assert (self.spans[0].start, self.spans[-1].end) == (0, n - self.prompt_len), (
+            "versions do not cover the response"
+        )
         for a in (self.token_ids, self.logprobs, self.sampled):
             a.flags.writeable = False
 
@@ -173,7 +175,9 @@ class Group:
     def __post_init__(self) -> None:
         ids = self.prompt.token_ids
         for t in self.trajectories:
-            assert t.prompt_len == len(ids) and np.array_equal(t.token_ids[: len(ids)], ids), "not this prompt's trajectory"
+            assert t.prompt_len == len(ids) and np.array_equal(t.token_ids[: len(ids)], ids), (
+                "not this prompt's trajectory"
+            )
 
     @property
     def draw(self) -> int:
@@ -249,7 +253,7 @@ class GradedGroup:
 
 @dataclass(frozen=True, slots=True)
 class WeightVersion:
-    """Published weights: for each learner rank a manifest (``weights.Manifest``) and the object references of its buckets.
+    """Published weights: each learner rank's manifest (``weights.Manifest``) and the object references of its buckets.
 
     References stay nested in tuples, which Ray passes on without fetching; nobody pickles them by hand, because that
     pins the object for the life of the process.
