@@ -157,6 +157,18 @@ class Trajectory:
     def oldest_version(self) -> int:
         return min(s.version for s in self.spans)
 
+    def loss_mask(self, train_exit_tokens: bool) -> BoolArray:
+        """[T] the tokens the loss reads: sampled ones, and the closing of a confident exit if that is trained.
+
+        The closings of the budget and of repetition are never trained: the policy shall not learn to be cut off.
+        """
+        if not (train_exit_tokens and self.exit is Exit.CONFIDENT):
+            return self.sampled
+        assert self.closing is not None
+        mask = self.sampled.copy()
+        mask[slice(*self.closing)] = True
+        return mask
+
     def versions(self) -> IntArray:
         """[T] version of each token's weights; -1 for the prompt."""
         out = np.full(len(self.token_ids), -1, np.int32)
@@ -262,3 +274,7 @@ class WeightVersion:
     version: int
     manifests: tuple[Any, ...]
     buckets: tuple[tuple[Any, ...], ...] = field(repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(sum(m.sizes) for m in self.manifests)

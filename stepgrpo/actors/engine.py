@@ -1,0 +1,272 @@
+"""vLLM behind the ``Engine`` protocol: tokens in, tokens out, log-probabilities of what was really sampled from.
+
+vLLM runs in a process of its own (`EngineCore`); this is its client. With ``receive`` the only file that imports vllm,
+and it does so when an engine is built, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stepgrpo.actors.rollout import Chunk, Sampling
+from stepgrpo.config import EngineConfig, ModelConfig
+from stepgrpo.weights import Table
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+CPU_ENV: dict[str, str] = {
+    # One compiled function (the rank of a log-probability) would build for 20 s at the first request.
+    "TORCH_COMPILE_DISABLE": "1",
+    # Otherwise the CPU platform puts the worker into a third process.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # More threads than free cores are 50 times slower, and one thread makes results independent of the batch.
+    "OMP_NUM_THREADS": "1",
+    # "auto" pins the worker of every engine to the same core.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of an engine on CPU, set before vllm is imported: for Ray, `env_vars` of the worker's runtime_env."""
+
+
+class EngineDied(RuntimeError):
+    """The engine cannot generate any more: close it and start another, whose weights are the initial ones."""
+
+
+class VllmEngine:
+    """One vLLM engine.
+
+    Starts the engine process and loads the model before it returns (about ten seconds on CPU), inside or outside of an
+    event loop.
+
+    Args:
+        path: checkpoint directory, or a name on the hub.
+        device: what to compute on; on CPU ``CPU_ENV`` must be set.
+        max_model_len: longest prompt and response together, in tokens.
+        seed: of requests without a seed of their own.
+        version: the version that the checkpoint's weights count as.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        model: ModelConfig,
+        config: EngineConfig,
+        *,
+        device: Literal["cpu", "cuda"],
+        max_model_len: int,
+        seed: int = 0,
+        version: int = 0,
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.outputs import CompletionOutput
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self.version = version
+        self._initial = version
+        self._stream_interval = config.stream_interval
+        self._max_model_len = max_model_len
+        self._reports_versions = hasattr(CompletionOutput, "weight_versions")  # vLLM 0.26 does not
+        self._dead_error = EngineDeadError
+        self._params = partial(
+            SamplingParams,
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            skip_clone=True,
+        )
+        self._ids = itertools.count()
+        self._loading = asyncio.Lock()
+        self._cause: str | None = None
+        self._llm: Any = AsyncLLM.from_engine_args(
+            engine_args(path, model, config, device=device, max_model_len=max_model_len, seed=seed)
+        )
+
+    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        """Stream one response; closing the generator aborts the request.
+
+        Nothing but ``sampling.stop_token_ids`` and the token limit ends it, also not the model's own EOS. A stop token
+        is part of the response. Log-probabilities are those after temperature and top-p, at temperature 0 those of
+        temperature 1.
+
+        Raises:
+            ValueError: if prompt and response may become longer than the engine's limit.
+            EngineDied: if the engine died, before or meanwhile.
+        """
+        if len(prompt) + sampling.max_tokens > self._max_model_len:
+            raise ValueError(
+                f"a prompt of {len(prompt)} and a response of up to {sampling.max_tokens} tokens do not fit the "
+                f"engine's {self._max_model_len}: shorten one of them, or raise max_model_len"
+            )
+        self._check()
+        params = self._params(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop_token_ids=list(sampling.stop_token_ids),
+            # A short request, such as a probe, is worth a look at every token; a long one is not.
+            stream_interval=max(1, min(self._stream_interval, sampling.max_tokens // 16)),
+        )
+        request_id = str(next(self._ids))
+        outputs = self._llm.generate(
+            {"type": "token", "prompt_token_ids": list(prompt)}, params, request_id, priority=sampling.priority
+        )
+        seen = 0
+        floor = self.version
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    part = output.outputs[0]
+                    if part.finish_reason not in (None, "stop", "length"):
+                        raise RuntimeError(f"vLLM ended a request: {part.finish_reason}")
+                    ids = list(part.token_ids)
+                    versions = self._versions(request_id, part, seen, floor)
+                    seen, floor = seen + len(ids), self.version
+                    yield Chunk(ids, part.logprobs.logprobs, versions, part.finish_reason)
+        except self._dead_error as e:
+            self._cause = self._cause or "its process died"
+            raise EngineDied(f"the vLLM engine died: {self._cause}") from e
+
+    def _versions(self, request_id: str, part: Any, seen: int, floor: int) -> list[int]:
+        """The version of each new token of a request, ``seen`` being the number of earlier ones.
+
+        vLLM hands its spans over with the last output only; before that they are read where it collects them. A vLLM
+        that reports none leaves ``floor``, the version at the last look at the request: never newer than the truth.
+        """
+        num = len(part.token_ids)
+        if not self._reports_versions:
+            return [floor] * num
+        if part.finish_reason is not None:
+            starts = [(span.version, span.start) for span in part.weight_versions]
+        else:
+            processor = self._llm.output_processor
+            starts = processor.request_states[processor.external_req_ids[request_id][0]].weight_version_starts
+        versions: list[int] = []
+        for label, start in starts:
+            if start < seen + num:
+                del versions[max(start - seen, 0) :]
+                versions += [self._initial if label == "default" else int(label)] * (num - len(versions))
+        return versions
+
+    async def load(self, version: int, path: str | Path, table: Table) -> float:
+        """Replace the weights by those of an assembled file, in the middle of whatever is being generated.
+
+        Requests in flight are frozen, their KV cache is computed anew under the new weights, and they go on; the prefix
+        cache is emptied.
+
+        Returns:
+            Seconds during which nothing was generated.
+
+        Raises:
+            EngineDied: after any error in between, because the weights are then undefined. Requests in flight end with
+                the same error.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._check()
+        async with self._loading:
+            started = time.perf_counter()
+            try:
+                await self._llm.pause_generation(mode="keep", clear_cache=True)
+                await self._llm.start_weight_update()
+                await self._llm.update_weights(
+                    WeightTransferUpdateRequest(update_info={"path": str(path), "table": table})
+                )
+                if self._reports_versions:
+                    await self._llm.finish_weight_update(str(version))
+                else:
+                    await self._llm.finish_weight_update()
+                self.version = version
+                await self._llm.resume_generation()
+            except BaseException as e:
+                self._die(f"loading weights version {version} failed ({type(e).__name__}: {e})")
+                if isinstance(e, Exception):
+                    self._check(e)
+                raise
+            return time.perf_counter() - started
+
+    def check_health(self) -> None:
+        """Do nothing, as long as the engine lives.
+
+        Raises:
+            EngineDied: if it can no longer generate.
+        """
+        if self._cause is None and self._llm.errored:
+            self._cause = "its process died"
+        self._check()
+
+    def close(self) -> None:
+        """Stop the engine process. Requests in flight end with ``EngineDied``."""
+        self._die("it was closed")
+
+    def _check(self, cause: Exception | None = None) -> None:
+        if self._cause is not None:
+            raise EngineDied(f"the vLLM engine died: {self._cause}") from cause
+
+    def _die(self, cause: str) -> None:
+        self._cause = self._cause or cause
+        if self._llm is not None:
+            self._llm.output_processor.propagate_error(self._dead_error())
+            self._llm.shutdown(timeout=2.0)  # then it is killed; it holds nothing worth waiting for
+            self._llm = None  # its finaliser would fail noisily at the interpreter's exit
+
+
+def engine_args(
+    path: str | Path,
+    model: ModelConfig,
+    config: EngineConfig,
+    *,
+    device: Literal["cpu", "cuda"],
+    max_model_len: int,
+    seed: int,
+) -> AsyncEngineArgs:
+    """The settings of ``VllmEngine`` in vLLM's own."""
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from stepgrpo.actors import receive
+
+    args: dict[str, Any] = {}
+    if config.kv_cache_mb is not None:
+        args["kv_cache_memory_bytes"] = config.kv_cache_mb * 2**20
+    if config.block_size is not None:
+        args["block_size"] = config.block_size
+    if device == "cpu":
+        args.setdefault("block_size", 32)
+        # A prefill in parts would rewind the generator of a request with a seed, which kills the engine on CPU.
+        args.update(enable_chunked_prefill=False, max_num_batched_tokens=max(max_model_len, 2048))
+    return AsyncEngineArgs(
+        model=str(path),
+        dtype=model.dtype,
+        seed=seed,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        tensor_parallel_size=config.tensor_parallel,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager or device == "cpu",
+        enable_prefix_caching=True,
+        scheduling_policy="priority",
+        stream_interval=1,  # requests set their own, which may not be lower
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        skip_tokenizer_init=True,
+        worker_extension_cls=f"{receive.__name__}.{receive.WorkerExtension.__name__}",
+        weight_transfer_config=WeightTransferConfig(backend=receive.BACKEND),
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **args,
+    )

@@ -1,0 +1,424 @@
+"""Sampling trajectories: one streaming request each, probed while it goes on thinking.
+
+    thinking   p p p 4 Wait 5 + 1 Wait 6 ...        one request, which nothing pauses
+    probe 0          \\ inducer -> "3 }"             declined: nothing happens
+    probe 1                       \\ inducer -> "6 }" confident: the request is aborted, the trajectory cut at the
+    answer     p p p 4 Wait 5 + 1 </think> ...      step's end and closed, and one request samples the answer
+
+Whatever arrives first, the earliest decision in token order wins, so nothing here depends on timing but the number of
+tokens thrown away. A trajectory waits for its own probes only; there is no barrier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from stepgrpo.actors.truncation import (
+    ANSWER,
+    THINK,
+    Answer,
+    ConfidencePolicy,
+    Preset,
+    ProbePolicy,
+    Thinking,
+    Trigger,
+    is_control,
+    is_probed,
+    seed_for,
+)
+from stepgrpo.config import EvalConfig, RolloutConfig
+from stepgrpo.tokens import Codec
+from stepgrpo.types import Exit, Group, Probe, Prompt, Trajectory, Verdict, VersionSpan
+
+FIRST, LATER = 0, 1
+"""Priorities: an engine serves the lower number first. Probes and answers go before thinking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request is sampled."""
+
+    max_tokens: int
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    seed: int | None
+    """None where nothing is random."""
+    stop_token_ids: tuple[int, ...]
+    """Tokens that end the request, themselves included in what it returns. All of them: EOS is one of these."""
+    priority: int
+    """The lower number is served first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of a request. ``len(token_ids) == len(logprobs) == len(versions)``."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Of the distribution that was sampled from."""
+    versions: list[int]
+    """Of the weights that sampled each token."""
+    finish: Literal["stop", "length"] | None
+    """Set with the last tokens: ended by a stop token, or by its token limit."""
+
+
+class Engine(Protocol):
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        """Stream one request. Closing the generator, or cancelling who iterates, aborts it."""
+        ...
+
+
+class Rollout:
+    """Samples groups of trajectories from an engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        codec: Codec,
+        config: RolloutConfig,
+        think_close: str,
+        eos_ids: Sequence[int],
+        run_seed: int,
+        policy: ProbePolicy | None = None,
+    ) -> None:
+        """``policy`` decides when thinking ends; None is ``ConfidencePolicy``. It needs ``config.probe``.
+
+        Raises:
+            ValueError: a setting that does not fit the tokenizer or the token budget.
+        """
+        self.engine = engine
+        self.codec = codec
+        self.config = config
+        self.think_close = think_close
+        self.eos_ids = frozenset(eos_ids)
+        self.run_seed = run_seed
+        # What the budget forces is the same for every method that is compared, whatever a preset would append to it.
+        self.close_ids = codec.encode(think_close)
+        self.think_budget = self._think_budget()
+        self.probing: _Probing | None = None
+        if config.probe:
+            preset = Preset.resolve(config.probe, think_close)
+            stop_ids = {i for text in preset.stop if (i := codec.single_token(text)) is not None}
+            self.probing = _Probing(
+                policy=policy or ConfidencePolicy(preset, codec),
+                preset=preset,
+                closing=codec.encode(preset.closing),
+                sampling=Sampling(
+                    max_tokens=preset.max_tokens,
+                    temperature=0.0,
+                    top_p=1.0,
+                    seed=None,
+                    stop_token_ids=tuple(sorted(stop_ids | self.eos_ids)),
+                    priority=FIRST,
+                ),
+                max_probes=config.probe.max_probes,
+                probability=config.probe.probability,
+            )
+        elif policy:
+            raise ValueError("rollout.probe: got null, takes the settings of probing where a probe policy is given")
+
+    def _think_budget(self) -> int | None:
+        ratio, total = self.config.think_ratio, self.config.max_response_tokens
+        if ratio is None:
+            return None
+        budget = min(int(ratio * total), total - len(self.close_ids))
+        if budget < 1:
+            raise ValueError(
+                f"rollout.max_response_tokens: got {total}, takes more: think_ratio {ratio} of it, with "
+                f"{len(self.close_ids)} tokens to close thinking, leaves none to think"
+            )
+        return budget
+
+    async def group(self, prompt: Prompt, group_size: int, *, plain: EvalConfig | None = None) -> Group:
+        """Sample ``group_size`` trajectories of one prompt.
+
+        ``plain`` decodes as evaluation does: with its sampling and token limit, nothing probed, nothing forced.
+
+        The first failure of a trajectory is raised, once every request of the group is closed.
+        """
+        with _first_cause():
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self.trajectory(prompt, i, plain=plain)) for i in range(group_size)]
+        return Group(prompt, tuple(task.result() for task in running))
+
+    async def trajectory(self, prompt: Prompt, sample: int, *, plain: EvalConfig | None = None) -> Trajectory:
+        """Sample trajectory number ``sample`` of a prompt's group; ``plain`` as in ``group``."""
+        return await _Run(self, prompt, sample, plain).trajectory()
+
+
+@contextmanager
+def _first_cause() -> Iterator[None]:
+    """Raise what failed first in a task group, instead of a group of exceptions."""
+    try:
+        yield
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Probing:
+    """How trajectories are probed."""
+
+    policy: ProbePolicy
+    preset: Preset
+    closing: list[int]
+    sampling: Sampling
+    max_probes: int
+    probability: float
+
+
+@dataclass(slots=True)
+class _Probe:
+    """A probe while it is open."""
+
+    trigger: Trigger
+    version: int
+    """Of the trigger's token."""
+    question: tuple[int, ...] = ()
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    answered: bool = False
+    closed: bool = False
+    """It ended in one of the stop texts."""
+    hopeless: bool = False
+    stale: bool = False
+
+    def record(self, verdict: Verdict, confidence: float = math.nan) -> Probe:
+        ids = () if verdict is Verdict.UNUSED else tuple(self.token_ids)
+        return Probe(self.trigger.index, self.trigger.position, confidence, ids, verdict)
+
+
+class _Cut(NamedTuple):
+    """Thinking is ended from outside: the tokens before ``position`` stay and ``closing`` follows."""
+
+    exit: Exit
+    position: int
+    closing: list[int]
+
+
+class _Run:
+    """One trajectory under way."""
+
+    def __init__(self, rollout: Rollout, prompt: Prompt, sample: int, plain: EvalConfig | None) -> None:
+        self.rollout = rollout
+        self.config = config = plain or rollout.config
+        self.prompt: list[int] = prompt.token_ids.tolist()
+        self.key = (rollout.run_seed, prompt.draw, sample)
+        self.control = False
+        self.probing = None if plain else rollout.probing
+        if self.probing and is_control(*self.key, rollout.config.control_fraction):
+            self.probing, self.control = None, True
+        limited = rollout.think_budget is not None or rollout.config.repetition_limit is not None
+        self.decides = not plain and (limited or self.probing is not None)
+        self.max_tokens = config.max_response_tokens
+        # The response so far, whatever of it will stay.
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.versions: list[int] = []
+        self.complete = False
+        # Probes in token order; the first `len(records)` of them are decided.
+        self.probes: list[_Probe] = []
+        self.records: list[Probe] = []
+        self.answers: list[Answer] = []
+        self.num_asked = 0
+        self.probe_tokens = 0
+
+    async def trajectory(self) -> Trajectory:
+        sampling = self._sampling(THINK, self.max_tokens, LATER)
+        if not self.decides:
+            await self._extend(sampling)
+            return self._record(None)
+        cut = await self._think(sampling)
+        if cut is None:
+            return self._record(None)
+        discarded = len(self.token_ids) - cut.position
+        end = self._close(cut)
+        if end < self.max_tokens and not self.complete:
+            await self._extend(self._sampling(ANSWER, self.max_tokens - end, FIRST))
+        return self._record(cut, discarded)
+
+    def _close(self, cut: _Cut) -> int:
+        """Put the closing in the place of everything after the cut; return where it ends."""
+        start, num = cut.position, len(cut.closing)
+        self.versions[start:] = [self.versions[max(start - 1, 0)]] * num
+        self.token_ids[start:] = cut.closing
+        self.logprobs[start:] = [0.0] * num
+        self.complete = cut.closing[-1] in self.rollout.eos_ids
+        return start + num
+
+    def _sampling(self, segment: int, max_tokens: int, priority: int) -> Sampling:
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            seed=seed_for(*self.key, segment),
+            stop_token_ids=tuple(sorted(self.rollout.eos_ids)),
+            priority=priority,
+        )
+
+    def _stream(self, prompt: list[int], sampling: Sampling) -> aclosing[AsyncGenerator[Chunk, None]]:
+        return aclosing(self.rollout.engine.generate(prompt, sampling))
+
+    def _add(self, chunk: Chunk) -> None:
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        self.versions += chunk.versions
+        self.complete = chunk.finish == "stop"
+
+    async def _extend(self, sampling: Sampling) -> None:
+        """Sample on from what is there, to the end."""
+        async with self._stream(self.prompt + self.token_ids, sampling) as chunks:
+            async for chunk in chunks:
+                self._add(chunk)
+
+    async def _think(self, sampling: Sampling) -> _Cut | None:
+        """Think until it is decided how that ends; None where the response ended by itself."""
+        self.decided: asyncio.Future[_Cut | None] = asyncio.get_running_loop().create_future()
+        self.ended = False
+        self.forced: _Cut | None = None
+        with _first_cause():
+            async with asyncio.TaskGroup() as self.group:
+                self.tasks = [self.group.create_task(self._follow(sampling))]
+                cut = await self.decided
+                for task in self.tasks:
+                    task.cancel()
+        self.records += [probe.record(Verdict.UNUSED) for probe in self.probes[len(self.records) :]]
+        return cut
+
+    async def _follow(self, sampling: Sampling) -> None:
+        """Read the thinking request and probe at its triggers."""
+        rollout = self.rollout
+        thinking = Thinking(
+            rollout.codec,
+            rollout.config.triggers,
+            rollout.think_close,
+            budget=rollout.think_budget,
+            eos_ids=rollout.eos_ids,
+            repetition_limit=rollout.config.repetition_limit,
+        )
+        async with self._stream(self.prompt, sampling) as chunks:
+            async for chunk in chunks:
+                self._add(chunk)
+                if thinking.closed is None:
+                    self._probe(thinking.feed(chunk.token_ids))
+                    if thinking.forced:
+                        self.forced = _Cut(*thinking.forced, rollout.close_ids)
+                        break
+            else:
+                if thinking.closed is None:
+                    self._probe(thinking.finish())
+        self.ended = True
+        self._settle()
+
+    def _probe(self, triggers: list[Trigger]) -> None:
+        """Ask at these triggers, as far as they are to be probed."""
+        probing = self.probing
+        if not triggers or probing is None:
+            return
+        for trigger in triggers:
+            if self.decided.done() or not is_probed(*self.key, trigger.index, probing.probability):
+                continue
+            question = probing.policy.question(trigger)
+            probe = _Probe(trigger, self.versions[trigger.position])
+            if question is None:
+                probe.answered = True
+                self.probes.append(probe)
+                self._settle()
+            elif self.num_asked < probing.max_probes:
+                probe.question = question
+                self.num_asked += 1
+                self.probes.append(probe)
+                self.tasks.append(self.group.create_task(self._ask(probing, probe)))
+
+    async def _ask(self, probing: _Probing, probe: _Probe) -> None:
+        prompt = self.prompt + self.token_ids[: probe.trigger.position] + list(probe.question)
+        async with self._stream(prompt, probing.sampling) as chunks:
+            async for chunk in chunks:
+                self.probe_tokens += len(chunk.token_ids)
+                if self._read(probing, probe, chunk):
+                    break
+        probe.answered = True
+        self._settle()
+
+    def _read(self, probing: _Probing, probe: _Probe, chunk: Chunk) -> bool:
+        """Take a chunk of a tentative answer, no further than to its end; return whether that is reached."""
+        for token, logprob, version in zip(chunk.token_ids, chunk.logprobs, chunk.versions, strict=True):
+            probe.token_ids.append(token)
+            probe.logprobs.append(logprob)
+            text = self.rollout.codec.decode(probe.token_ids)
+            probe.closed = any(stop in text for stop in probing.preset.stop)
+            probe.stale = version != probe.version
+            probe.hopeless = probing.policy.hopeless(probe.logprobs)
+            if probe.closed or probe.stale or probe.hopeless:
+                return True
+        return chunk.finish is not None
+
+    def _settle(self) -> None:
+        """Decide in token order, as far as the answers are there."""
+        while not self.decided.done():
+            if len(self.records) == len(self.probes):
+                if self.ended:
+                    self.decided.set_result(self.forced)
+                return
+            probe = self.probes[len(self.records)]
+            if not probe.answered:
+                return
+            self.records.append(self._judge(probe))
+
+    def _judge(self, probe: _Probe) -> Probe:
+        assert self.probing is not None
+        policy, preset = self.probing.policy, self.probing.preset
+        if probe.stale:
+            return probe.record(Verdict.STALE)
+        if probe.hopeless:
+            return probe.record(Verdict.DECLINED)
+        confidence = preset.confidence(probe.logprobs, probe.closed) if probe.question else math.nan
+        self.answers.append(Answer(probe.trigger, tuple(probe.token_ids), confidence))
+        closing = self.probing.closing
+        if preset.keep_answer and probe.question:
+            closing = [*probe.question, *probe.token_ids]
+        fits = probe.trigger.position + len(closing) <= self.max_tokens
+        if not (policy.confident(self.answers) and fits):
+            return probe.record(Verdict.DECLINED, confidence)
+        self.decided.set_result(_Cut(Exit.CONFIDENT, probe.trigger.position, closing))
+        return probe.record(Verdict.CONFIDENT, confidence)
+
+    def _record(self, cut: _Cut | None, discarded_tokens: int = 0) -> Trajectory:
+        prompt_len, num_tokens = len(self.prompt), len(self.token_ids)
+        sampled = np.ones(prompt_len + num_tokens, np.bool_)
+        sampled[:prompt_len] = False
+        text = self.rollout.codec.decode(self.token_ids)
+        closing = None
+        if cut:
+            exit = cut.exit
+            start = prompt_len + cut.position
+            closing = (start, start + len(cut.closing))
+            sampled[slice(*closing)] = False
+        else:
+            exit = Exit.NATURAL if self.rollout.think_close in text else Exit.EOS
+        versions = np.array(self.versions)
+        edges = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), num_tokens]
+        return Trajectory(
+            prompt_len=prompt_len,
+            token_ids=np.array(self.prompt + self.token_ids, np.int32),
+            logprobs=np.array([0.0] * prompt_len + self.logprobs, np.float32),
+            sampled=sampled,
+            text=text,
+            exit=exit,
+            closing=closing,
+            complete=self.complete,
+            control=self.control,
+            spans=tuple(VersionSpan(int(versions[a]), a, b) for a, b in pairwise(edges)),
+            probes=tuple(self.records),
+            probe_tokens=self.probe_tokens,
+            discarded_tokens=discarded_tokens,
+        )

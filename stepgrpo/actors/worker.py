@@ -1,0 +1,116 @@
+"""The Ray actor of one rollout worker: a vLLM engine, the rollout loop, and the receiving end of weights."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from stepgrpo.actors.engine import CPU_ENV, VllmEngine
+from stepgrpo.actors.rollout import Rollout
+from stepgrpo.config import Config
+from stepgrpo.hub import checkpoint_files, eos_ids
+from stepgrpo.reward.graded import grade_group
+from stepgrpo.reward.outcome import make_grader
+from stepgrpo.tokens import Codec
+from stepgrpo.types import GradedGroup, Group, Prompt, RolloutReport, WeightVersion
+from stepgrpo.weights import SharedWeights
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What it took to change weights."""
+
+    version: int
+    num_bytes: int
+    """Fetched by this worker; 0 where another worker of the node had them."""
+    fetch_seconds: float
+    """Fetching, verifying and assembling, while decoding went on."""
+    paused_seconds: float
+    """Decoding stood still."""
+
+
+class RolloutWorker:
+    """One engine. Everything is async and runs on one event loop; weights are fetched in a thread beside it."""
+
+    def __init__(self, config: Config, run_token: str, index: int) -> None:
+        self._config, self._index = config, index
+        self._shared = SharedWeights(Path("/dev/shm") / f"stepgrpo-{os.getuid()}-{run_token}")
+
+    async def start(self) -> str:
+        """Build the engine; returns the node's id.
+
+        Raises:
+            ConfigError: the checkpoint lacks a tokenizer, an EOS or the thinking marker.
+        """
+        c = self._config
+        directory = checkpoint_files(c.model.path)
+        codec = Codec.from_dir(directory)
+        eos = eos_ids(directory)
+        self._engine = VllmEngine(
+            c.model.path, c.model, c.engine, device=c.cluster.device, max_model_len=c.max_model_len, seed=c.seed
+        )
+        self._rollout = Rollout(self._engine, codec, c.rollout, c.model.think_close, eos, run_seed=c.seed)
+        self._grader = make_grader(c.reward, c.model.think_close)
+        return str(ray.get_runtime_context().get_node_id())
+
+    @ray.method(num_returns=2)
+    async def roll(self, prompt: Prompt) -> tuple[RolloutReport, Group]:
+        """Sample one group. The report is small and goes to the driver; the group stays in this node's object store."""
+        start = time.monotonic()
+        group = await self._rollout.group(prompt, self._config.rollout.group_size)
+        trajectories = group.trajectories
+        report = RolloutReport(
+            draw=prompt.draw,
+            oldest_version=min(t.oldest_version for t in trajectories),
+            newest_version=max(s.version for t in trajectories for s in t.spans),
+            response_tokens=sum(t.num_tokens for t in trajectories),
+            probe_tokens=sum(t.probe_tokens for t in trajectories),
+            discarded_tokens=sum(t.discarded_tokens for t in trajectories),
+            seconds=time.monotonic() - start,
+        )
+        return report, group
+
+    async def evaluate(self, prompts: list[Prompt]) -> list[GradedGroup]:
+        """Decode plainly and grade. The caller sees to it that no weights are loaded meanwhile."""
+
+        async def one(prompt: Prompt) -> GradedGroup:
+            group = await self._rollout.group(prompt, self._config.eval.samples, plain=self._config.eval)
+            return await grade_group(group, self._grader, self._config.rollout.triggers, train_exit_tokens=False)
+
+        return list(await asyncio.gather(*(one(p) for p in prompts)))
+
+    @ray.method(concurrency_group="control")
+    async def load(self, weights: WeightVersion) -> LoadReport:
+        """Fetch a version once per node, then change to it between two tokens."""
+        start = time.monotonic()
+        # Nodes begin with different ranks, so that they do not all pull from the same one first.
+        fetched = await asyncio.to_thread(
+            self._shared.store, weights.version, weights.manifests, partial(_fetch, weights), first=self._index
+        )
+        assembled = time.monotonic()
+        with self._shared.reading(weights.version) as (path, table):
+            paused = await self._engine.load(weights.version, path, table)
+        return LoadReport(weights.version, weights.num_bytes if fetched else 0, assembled - start, paused)
+
+    @ray.method(concurrency_group="control")
+    async def close(self) -> None:
+        """Stop the engine process and give the shared memory back."""
+        self._engine.close()
+        self._grader.close()
+        self._shared.close()
+
+
+def _fetch(weights: WeightVersion, rank: int, bucket: int) -> Any:
+    return ray.get(weights.buckets[rank][bucket])
+
+
+def env_vars(device: str) -> dict[str, str]:
+    """Environment of the actor's process."""
+    return dict(CPU_ENV) if device == "cpu" else {}

@@ -1,0 +1,102 @@
+"""Which draws may start, which batch each will meet, and when a batch is complete.
+
+Staleness is bounded by admission: a draw starts only if the batch it may meet at worst is within `max_staleness` of the
+weights it starts under. Nothing is dropped for being late, which would favour short answers; and a batch is the first N
+groups in DRAW order, never in order of arrival, which would favour short answers too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+class _Fate(Enum):
+    OPEN = auto()
+    KEPT = auto()
+    FILTERED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedBatch:
+    """The draws one rollout batch used up, in draw order."""
+
+    index: int
+    """Also the version of the weights that train on it."""
+    kept: tuple[int, ...]
+    filtered: tuple[int, ...]
+    """Without signal, replaced by further draws."""
+
+
+class Ledger:
+    """Keeps invariants 3 (every draw is trained on once, filtered once, or in flight) and 4 (bounded staleness).
+
+    Batch ``i`` is trained by version ``i`` of the weights. It closes when it has ``prompts_per_batch`` groups with
+    signal, or when it has used ``prompts_per_batch + refill_limit`` draws; then it trains smaller.
+    """
+
+    def __init__(self, *, num_batches: int, prompts_per_batch: int, max_staleness: int, refill_limit: int) -> None:
+        self._num_batches = num_batches
+        self._size = prompts_per_batch
+        self._max_used = prompts_per_batch + refill_limit
+        self._max_staleness = max_staleness
+        self._fates: dict[int, _Fate] = {}  # in draw order, since draws are admitted in order
+        self._next_draw = 0
+        self.batch = 0
+        """Index of the batch that is being collected."""
+
+    def worst_batch(self) -> int:
+        """The latest batch the next draw can fall into.
+
+        A batch closes soonest, and pushes the next draw furthest back, when every group still open turns out to be
+        kept; so the walk takes open draws for kept ones.
+        """
+        batch, kept, used = self.batch, 0, 0
+        for fate in self._fates.values():
+            used += 1
+            kept += fate is not _Fate.FILTERED
+            if self._full(kept, used):
+                batch, kept, used = batch + 1, 0, 0
+        return batch
+
+    def may_admit(self, version: int) -> bool:
+        """Whether a draw may start on a worker that holds weights ``version``."""
+        worst = self.worst_batch()
+        return worst < self._num_batches and worst - version <= self._max_staleness
+
+    def admit(self) -> int:
+        """Take the next draw id."""
+        draw = self._next_draw
+        self._next_draw += 1
+        self._fates[draw] = _Fate.OPEN
+        return draw
+
+    def settle(self, draw: int, *, keep: bool) -> None:
+        """Record that a draw's group is graded, and whether it has signal."""
+        assert self._fates.get(draw) is _Fate.OPEN, f"draw {draw} settled twice, or never admitted"
+        self._fates[draw] = _Fate.KEPT if keep else _Fate.FILTERED
+
+    def close(self) -> ClosedBatch | None:
+        """Close the current batch if its draws are all settled; otherwise None."""
+        kept: list[int] = []
+        filtered: list[int] = []
+        for draw, fate in self._fates.items():
+            if fate is _Fate.OPEN:
+                return None
+            (kept if fate is _Fate.KEPT else filtered).append(draw)
+            if self._full(len(kept), len(kept) + len(filtered)):
+                break
+        else:
+            return None
+        for draw in (*kept, *filtered):
+            del self._fates[draw]
+        self.batch += 1
+        return ClosedBatch(self.batch - 1, tuple(kept), tuple(filtered))
+
+    @property
+    def in_flight(self) -> int:
+        """Draws admitted and not yet part of a closed batch."""
+        return len(self._fates)
+
+    def _full(self, kept: int, used: int) -> bool:
+        return kept == self._size or used == self._max_used

@@ -1,0 +1,86 @@
+"""What a person sees while it runs: phases, a progress line, and the seconds each phase took.
+
+On a terminal the line moves; in a log file (a job on a cluster, CI) a line is printed now and then instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+QUIET_SECONDS = 10.0
+
+
+class Phase:
+    """One stretch of work with a line of its own."""
+
+    def __init__(self, display: Display, title: str) -> None:
+        self._display, self._title = display, title
+        self._printed = time.monotonic()
+        self.result = ""
+        """What the closing line says."""
+
+    def show(self, text: str, done: int = 0, total: int | None = None) -> None:
+        """Update the line: free text, and a bar where ``total`` is known."""
+        d = self._display
+        if d.live:
+            d.progress.update(d.task, description=self._title, completed=done, total=total, text=text)
+        elif time.monotonic() - self._printed >= QUIET_SECONDS:
+            self._printed = time.monotonic()
+            count = f"{done}/{total}  " if total else ""
+            d.print(f"  {self._title}: {count}{text}")
+
+
+class Display:
+    """Prints phases to ``console`` and keeps their seconds."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.live = self.console.is_terminal
+        self.seconds: dict[str, float] = {}
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.progress.add_task("", total=None, text="", visible=False)
+
+    def print(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    @contextmanager
+    def phase(self, name: str, title: str) -> Iterator[Phase]:
+        """Time a phase. Its closing line is printed only if it ended well: an error speaks for itself."""
+        start = time.monotonic()
+        phase = Phase(self, title)
+        if self.live:
+            self.progress.reset(self.task, total=None, visible=True, description=title, text="")
+            self.progress.start()
+        else:
+            self.print(f"… {title}")
+        try:
+            yield phase
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            if self.live:
+                self.progress.stop()
+                self.progress.update(self.task, visible=False)
+        took = clock(time.monotonic() - start)
+        self.print(f"[green]✓[/] {title}{'  ' + phase.result if phase.result else ''}  [dim]{took}[/]")
+
+
+def clock(seconds: float) -> str:
+    """`43 s`, `3:12` or `1:04:09`."""
+    s = round(seconds)
+    if s < 100:
+        return f"{s} s"
+    hours, rest = divmod(s, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -1,0 +1,196 @@
+"""Start or join Ray, see that it has what the config asks for, and make the actors.
+
+Everything that can be missing is looked for here, before anything waits for it: an endless wait has no message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stepgrpo.config import ClusterConfig, ConfigError
+
+# A unix socket's path has at most 107 bytes, and Ray appends about 65 of its own to its directory.
+MAX_TEMP_DIR = 42
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What one actor takes of a node."""
+
+    role: str
+    """Config field that decides how many there are, for messages."""
+    cpus: float
+    gpus: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus, **({"GPU": float(self.gpus)} if self.gpus else {})}
+
+
+@contextmanager
+def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]:
+    """A connection to a Ray cluster that can hold ``bundles``; a local Ray of our own ends with it.
+
+    Raises:
+        ConfigError: a directory, port or address cannot be used, or the cluster is too small.
+    """
+    import ray
+
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's own warning that a later version will change how it hides GPUs; it needs no user.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    private: str | None = None
+    if address:
+        try:
+            _check_address(address)
+            ray.init(address=address, **quiet)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise ConfigError(
+                f"cluster.address: got {address}, no Ray cluster answers there ({' '.join(str(e).split())[:120]}); "
+                "start one with `ray start --head`, or unset cluster.address and RAY_ADDRESS"
+            ) from None
+    else:
+        _check_port(cluster.dashboard_port)
+        temp_dir = cluster.temp_dir
+        if temp_dir is None:
+            temp_dir = private = tempfile.mkdtemp(prefix="sg", dir="/tmp")
+        _check_temp_dir(temp_dir)
+        store = cluster.object_store_mb
+        ray.init(
+            _temp_dir=temp_dir,
+            include_dashboard=cluster.dashboard_port is not None,
+            dashboard_port=cluster.dashboard_port,
+            object_store_memory=None if store is None else store << 20,
+            **quiet,
+        )
+    try:
+        check_resources(ray.cluster_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]], bundles)
+        yield
+    finally:
+        ray.shutdown()
+        if private:
+            shutil.rmtree(private, ignore_errors=True)
+
+
+def check_resources(total: dict[str, float], nodes: Sequence[dict[str, float]], bundles: Sequence[Bundle]) -> None:
+    """Refuse a config that the cluster cannot hold, instead of waiting for a node that never comes.
+
+    Raises:
+        ConfigError: not enough CPUs or GPUs in all, or on any one node.
+    """
+    for kind, noun in (("GPU", "GPUs"), ("CPU", "CPUs")):
+        wanted = sum(b.resources.get(kind, 0) for b in bundles)
+        have = total.get(kind, 0)
+        if wanted > have:
+            parts: dict[str, float] = {}
+            for b in bundles:
+                parts[b.role] = parts.get(b.role, 0) + b.resources.get(kind, 0)
+            detail = ", ".join(f"{role} takes {amount:g}" for role, amount in parts.items() if amount)
+            raise ConfigError(
+                f"{noun}: the config asks for {wanted:g} ({detail}) but the Ray cluster has {have:g}; "
+                "lower them, or add a node"
+            )
+        largest = max((n.get(kind, 0) for n in nodes), default=0)
+        for b in bundles:
+            if b.resources.get(kind, 0) > largest:
+                raise ConfigError(
+                    f"{b.role}: one actor asks for {b.resources[kind]:g} {noun} but the largest node has {largest:g}"
+                )
+
+
+def _check_address(address: str) -> None:
+    """Knock first: Ray itself tries for five minutes before it gives up."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+
+
+def _check_temp_dir(path: str) -> None:
+    if not os.path.isabs(path) or len(path.encode()) > MAX_TEMP_DIR:
+        raise ConfigError(
+            f"cluster.temp_dir: got {path!r}, takes an absolute path of at most {MAX_TEMP_DIR} bytes (unix sockets)"
+        )
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        raise ConfigError(f"cluster.temp_dir: got {path}, cannot be written ({e.strerror})") from None
+
+
+def _check_port(port: int | None) -> None:
+    if port is None:
+        return
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise ConfigError(
+                f"cluster.dashboard_port: got {port}, cannot be used ({e.strerror}); name another, or null"
+            ) from None
+
+
+async def reserve(bundles: Sequence[Bundle], seconds: float) -> Any:
+    """A placement group that holds all actors, or a message.
+
+    Raises:
+        ConfigError: the resources are there but somebody else holds them for that many seconds.
+    """
+    import ray
+    from ray.util.placement_group import placement_group
+
+    group = placement_group([b.resources for b in bundles], strategy="PACK")
+    try:
+        async with asyncio.timeout(seconds):
+            await group.ready()
+    except TimeoutError:
+        free = ray.available_resources()
+        raise ConfigError(
+            f"cluster: waited {seconds:g} s for the places of {len(bundles)} actors; free now are "
+            f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs: another job holds the rest"
+        ) from None
+    return group
+
+
+def place(group: Any, index: int, bundle: Bundle) -> dict[str, Any]:
+    """Actor options that put it into its bundle."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return {
+        "num_cpus": bundle.cpus,
+        "num_gpus": bundle.gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+    }
+
+
+async def within(awaitable: Awaitable[T], seconds: float, what: str) -> T:
+    """Await with a limit.
+
+    Raises:
+        TimeoutError: names ``what`` did not come.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await awaitable
+    except TimeoutError:
+        raise TimeoutError(f"{what} did not come within {seconds:g} s (cluster.start_timeout)") from None
+
+
+def run_token() -> str:
+    """A name no other run on the same node uses, for shared memory."""
+    return secrets.token_hex(4)

@@ -1,0 +1,361 @@
+"""The policy under DeepSpeed ZeRO-3: log-probabilities, updates, shards and checkpoints of one rank.
+
+The only file that imports deepspeed, which reads ``DS_ACCELERATOR`` when it is imported: set that before. Every public
+method except ``shards`` is a collective: all ranks call it, in the same order, with equally many micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.runtime.engine import DeepSpeedEngine
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.integrations import HfDeepSpeedConfig
+
+from stepgrpo.config import LearnerConfig, ModelConfig
+from stepgrpo.learner.batch import MicroBatch
+from stepgrpo.learner.loss import LossTokens, Sums
+from stepgrpo.types import FloatArray
+from stepgrpo.weights import Piece
+
+Objective = Callable[[Tensor, LossTokens], tuple[Tensor, Sums]]
+"""(log-probabilities [N] with gradient, tokens) -> (scalar to differentiate, sums to report)."""
+
+
+def join(rank: int, world_size: int, master_addr: str, master_port: int, device: str) -> None:
+    """Make this process rank ``rank`` of the learner. One process, one rank, one visible GPU at most."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK="0",
+        MASTER_ADDR=master_addr,
+        MASTER_PORT=str(master_port),
+    )
+    # Otherwise init_distributed probes compilers and builds, for a minute, an operator that only inference uses.
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
+
+
+def learning_rate(config: LearnerConfig, update: int, total_updates: int) -> float:
+    """Learning rate of the ``update``-th update (from 0): linear warm-up, then constant, or down to 0 at the end."""
+    if update < config.warmup_updates:
+        return config.lr * (update + 1) / config.warmup_updates
+    rest = max(1, total_updates - config.warmup_updates)
+    progress = min(1.0, (update - config.warmup_updates) / rest)
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "linear":
+            return config.lr * (1 - progress)
+        case "cosine":
+            return config.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+class LogProbHead(nn.Module):
+    """Stands in for the language model head: hidden states and targets in, log-probabilities out, no logits kept.
+
+    One call covers a whole micro-batch, so ZeRO-3 gathers the weight once per forward and once per backward, while
+    ``chunk_tokens`` bounds the tokens whose logits exist at the same time.
+    """
+
+    def __init__(self, weight: nn.Parameter, chunk_tokens: int, temperature: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self._chunk_tokens = chunk_tokens
+        self._temperature = temperature
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies, both [N] float32; only the former carry a gradient.
+
+        Args:
+            hidden: [N, H]
+            targets: [N] token ids.
+        """
+        return _LogProb.apply(hidden, self.weight, targets, self._chunk_tokens, self._temperature)  # type: ignore[no-untyped-call]
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, lse = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        for c in _chunks(len(hidden), chunk_tokens):
+            logits = (hidden[c] @ weight.T).float().div_(temperature)
+            lse[c] = logits.logsumexp(-1)
+            logp = logits.sub_(lse[c, None])
+            logprobs[c] = logp.gather(-1, targets[c, None]).squeeze(-1)
+            entropy[c] = -logp.exp().mul_(logp).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.chunk_tokens, ctx.temperature = chunk_tokens, temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, targets, lse = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        # Summed in float32: bfloat16 would round once per chunk.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for c in _chunks(len(hidden), ctx.chunk_tokens):
+            logits = (hidden[c] @ weight.T).float().div_(ctx.temperature)
+            scaled = grad[c, None] / ctx.temperature
+            grad_logits = logits.sub_(lse[c, None]).exp_().mul_(-scaled)  # d logp[t] / d logit[v] = [v = t] - p[v]
+            grad_logits.scatter_add_(-1, targets[c, None], scaled)
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[c] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[c]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, start + chunk_tokens)
+
+
+class _Scorer(nn.Module):
+    """Causal language model -> log-probabilities of given tokens; only the hidden states that predict them are used."""
+
+    def __init__(self, model: transformers.PreTrainedModel, chunk_tokens: int, temperature: float) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(f"model.path: {type(model).__name__} has a head with a bias, takes one without")
+        model.set_output_embeddings(LogProbHead(head.weight, chunk_tokens, temperature))
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        # use_cache=False and no attention mask: only then are packed sequences kept apart by their positions.
+        states = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return self.model.get_output_embeddings()(states.last_hidden_state.flatten(0, 1)[index], targets)
+
+
+class LearnerEngine:
+    """One rank's share of the policy, its optimizer and, with a KL term, of the frozen reference.
+
+    ``join`` comes first. Log-probabilities are of the distribution at ``temperature``, as the rollouts sampled.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        model: ModelConfig,
+        *,
+        temperature: float,
+        device: str,
+        with_reference: bool,
+        persistence_threshold: int = 100_000,
+    ) -> None:
+        """
+        Args:
+            with_reference: build the frozen reference, a second copy of the model.
+            persistence_threshold: parameters with fewer elements stay gathered between forward passes.
+        """
+        self._model_path = model.path
+        self._device = torch.device(device)
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            # backward() as often as an update has micro-batches, then step(): no fixed count.
+            "managed_gradient_accumulation": False,
+            "bf16": {"enabled": model.dtype == "bfloat16"},
+            "gradient_clipping": config.grad_clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence_threshold},
+        }
+        # transformers builds models in pieces, one per rank, for as long as this object lives.
+        sharded = HfDeepSpeedConfig(settings)
+
+        def load() -> _Scorer:
+            lm = transformers.AutoModelForCausalLM.from_pretrained(
+                model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
+            )
+            return _Scorer(lm, config.logprob_chunk_tokens, temperature)
+
+        policy = load()
+        self.pad_id = _pad_id(policy.model.config)
+        if config.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+        use_offload = config.offload_optimizer and device != "cpu"
+        self._policy: DeepSpeedEngine
+        self._policy, self._optimizer, *_ = deepspeed.initialize(
+            model=policy,
+            optimizer=optimizer,
+            config=settings | {"zero_optimization": settings["zero_optimization"] | (offload if use_offload else {})},
+        )
+        self._policy.train()
+
+        self._reference: DeepSpeedEngine | None = None
+        if with_reference:
+            reference = load().requires_grad_(False).eval()
+            self._reference, *_ = deepspeed.initialize(model=reference, config=settings)
+        del sharded
+
+    def logprobs(self, batch: MicroBatch) -> tuple[FloatArray, FloatArray]:
+        """Log-probabilities [N] of the loss tokens under the policy, and entropies [N]; no gradient."""
+        return self._score(self._policy, batch)
+
+    def reference_logprobs(self, batch: MicroBatch) -> FloatArray:
+        """Log-probabilities [N] of the loss tokens under the reference."""
+        assert self._reference is not None, "no reference was built"
+        return self._score(self._reference, batch)[0]
+
+    def update(
+        self, batches: Sequence[MicroBatch], objective: Objective, *, lr: float, own_version: int = -1
+    ) -> dict[str, float]:
+        """One optimizer update over all ranks' micro-batches.
+
+        DeepSpeed averages gradients over ranks; this multiplies them up again, so ``objective`` scales its sum by
+        1 / (loss tokens of all ranks) and the result is the global token mean however many ranks there are.
+
+        Args:
+            batches: this rank's, equally many on each rank.
+            own_version: version of the policy's weights, to find the tokens it sampled itself.
+
+        Returns:
+            The objective's metrics (nan where no token counts), ``policy/entropy``, ``policy/lr``,
+            ``policy/grad_norm`` and ``policy/loss_tokens``, the same on all ranks.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are lost.
+        """
+        assert batches, "a rank without work passes an empty micro-batch"
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        sums: list[Sums] = []
+        for batch in batches:
+            logprobs, entropy = self._policy(*self._inputs(batch))
+            loss, parts = objective(logprobs, self._loss_tokens(batch, own_version))
+            self._policy.backward(loss * dist.get_world_size())
+            sums.append(parts | {"policy/entropy": (entropy.sum(), entropy.new_tensor(len(entropy)))})
+        self._policy.step()
+        grad_norm = float(self._policy.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm}: restart from a checkpoint with a lower learner.lr")
+        means, counts = _combine(sums)
+        return means | {
+            "policy/lr": lr,
+            "policy/grad_norm": grad_norm,
+            "policy/loss_tokens": counts["policy/entropy"],
+        }
+
+    def shards(self) -> Iterator[Piece]:
+        """This rank's piece of every parameter, in the forward pass's dtype, straight from ZeRO-3's partition.
+
+        No communication, and on CPU no copy: the pieces are views that the next update changes. All ranks' pieces of a
+        parameter, by ``start``, are the whole parameter. Tied parameters appear once, under the first name.
+        """
+        for name, param in self._policy.module.model.named_parameters():
+            piece = param.ds_tensor.detach()
+            start = dist.get_rank() * piece.numel()
+            piece = piece[: max(0, param.ds_numel - start)]  # the last rank's is padded
+            if len(piece):
+                data = piece.cpu().view(torch.uint8).numpy()
+                yield Piece(name, str(piece.dtype).removeprefix("torch."), tuple(param.ds_shape), start, data)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the policy as a plain Hugging Face directory, tokenizer included; it appears whole or not at all.
+
+        Parameters are gathered one module at a time and collected in rank 0's host memory.
+        """
+        is_writer = dist.get_rank() == 0
+        model = self._policy.module.model
+        own_names = {name for name, _ in model.named_parameters()}  # a tied parameter's first one only
+        state: dict[str, Tensor] = {}
+        for prefix, module in model.named_modules():
+            params = {n: p for n, p in module.named_parameters(prefix, recurse=False) if n in own_names}
+            with deepspeed.zero.GatheredParameters(list(params.values())):
+                if is_writer:
+                    state |= {name: p.detach().to("cpu", copy=True) for name, p in params.items()}
+        if not is_writer:
+            return
+        target = Path(directory).absolute()
+        partial, previous = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "previous"))
+        for leftover in (partial, previous):
+            shutil.rmtree(leftover, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=state)
+        transformers.AutoTokenizer.from_pretrained(self._model_path).save_pretrained(partial)
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+        shutil.rmtree(previous, ignore_errors=True)
+
+    def close(self) -> None:
+        """Release the engines; the process group stays, for it belongs to the process."""
+        for engine in (self._policy, self._reference):
+            if engine is not None:
+                engine.destroy()
+
+    def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (
+            self._tensor(batch.input_ids),
+            self._tensor(batch.position_ids),
+            self._tensor(batch.index),
+            self._tensor(batch.targets),
+        )
+
+    def _loss_tokens(self, batch: MicroBatch, own_version: int) -> LossTokens:
+        return LossTokens(
+            advantage=self._tensor(batch.advantage),
+            behaviour=self._tensor(batch.behaviour),
+            forced=self._tensor(batch.forced),
+            own=self._tensor(batch.versions == own_version),
+            old=None if batch.old is None else self._tensor(batch.old),
+            reference=None if batch.reference is None else self._tensor(batch.reference),
+        )
+
+    def _tensor(self, array: NDArray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+    @torch.no_grad()
+    def _score(self, engine: DeepSpeedEngine, batch: MicroBatch) -> tuple[FloatArray, FloatArray]:
+        logprobs, entropy = engine(*self._inputs(batch))
+        return logprobs.cpu().numpy(), entropy.cpu().numpy()
+
+
+def _combine(sums: Sequence[Sums]) -> tuple[dict[str, float], dict[str, float]]:
+    """Means (nan over no token) or maxima, and counts, over all micro-batches and ranks: one collective."""
+    names = list(sums[0])
+    is_max = torch.tensor([name.endswith("/max") for name in names])
+
+    def merge(parts: Tensor) -> Tensor:
+        """[P, K, 2] -> [K, 2]"""
+        total = parts.sum(0)
+        total[is_max, 0] = parts[:, is_max, 0].amax(0)
+        return total
+
+    local = merge(torch.stack([torch.stack([torch.stack(s[name]).double() for name in names]) for s in sums]))
+    ranks = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, local)
+    value, count = merge(torch.stack(ranks)).cpu().unbind(-1)
+    mean = torch.where(count > 0, value / torch.where(is_max, 1.0, count), math.nan)
+    return dict(zip(names, mean.tolist(), strict=True)), dict(zip(names, count.tolist(), strict=True))
+
+
+def _pad_id(config: transformers.PreTrainedConfig) -> int:
+    """Any token does: what stands in the padding is never seen by a real token."""
+    return config.pad_token_id if config.pad_token_id is not None else 0

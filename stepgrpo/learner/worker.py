@@ -1,0 +1,217 @@
+"""The Ray actor of one learner rank: grading as groups arrive, updates when a batch closes, weights after it.
+
+All calls into the engine run on one thread of their own. They are collectives, so they must come one at a time and in
+the order the driver made them, on every rank; and grading goes on beside them, on the actor's event loop, which a
+forward pass would block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+
+from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig
+from stepgrpo.learner.batch import MicroBatch, Plan, Row, collate, pair_sample, partition, sample_of
+from stepgrpo.reward.graded import grade_group
+from stepgrpo.reward.outcome import make_grader
+from stepgrpo.types import GradedGroup, Group, IntArray
+from stepgrpo.weights import Manifest, pack
+
+if TYPE_CHECKING:
+    from stepgrpo.learner.engine import LearnerEngine
+
+T = TypeVar("T")
+Pair = tuple[IntArray, IntArray]
+"""(prompt ids, response ids)"""
+
+
+class LearnerWorker:
+    """One rank. Make it an actor with ``ray.remote(concurrency_groups={"ingest": n})``, call ``setup`` on all ranks.
+
+    Object references arrive inside lists and dicts, which Ray passes on without fetching; they are awaited here.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        config: LearnerConfig,
+        model: ModelConfig,
+        *,
+        device: str,
+        total_updates: int,
+        temperature: float = 1.0,
+        reward: RewardConfig | None = None,
+        triggers: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            total_updates: of the whole run, for the learning rate's schedule.
+            temperature: of the rollouts.
+            reward: None: supervised training, which neither grades nor has a reference.
+            triggers: words that open a reasoning step.
+        """
+        self._rank, self._world_size = rank, world_size
+        self._config, self._model, self._device = config, model, device
+        self._temperature, self._triggers = temperature, triggers
+        self._total_updates, self._num_updates = total_updates, 0
+        self._packed = model.attention == "flash_attention_2"  # the only attention that skips other sequences' tokens
+        self._grader = None if reward is None else make_grader(reward, model.think_close)
+        self._with_reference = reward is not None and config.kl_coef > 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._engine: LearnerEngine
+
+    async def address(self) -> tuple[str, int]:
+        """(host, free port) where this rank can be reached; asked of rank 0."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    async def setup(self, master_addr: str, master_port: int) -> None:
+        """Join the other ranks and build the engine. Returns when all have."""
+
+        def build() -> LearnerEngine:
+            os.environ["DS_ACCELERATOR"] = self._device  # read when deepspeed is imported
+            from stepgrpo.learner.engine import LearnerEngine, join
+
+            join(self._rank, self._world_size, master_addr, master_port, self._device)
+            return LearnerEngine(
+                self._config,
+                self._model,
+                temperature=self._temperature,
+                device=self._device,
+                with_reference=self._with_reference,
+            )
+
+        self._engine = await self._run(build)
+
+    @ray.method(concurrency_group="ingest")
+    async def ingest(self, group: Sequence[Awaitable[Group]]) -> GradedGroup:
+        """Fetch one group, grade it and count its steps: processor work only, beside an update if need be.
+
+        Args:
+            group: a list of one reference.
+        """
+        assert self._grader is not None, "supervised training does not grade"
+        return await grade_group(
+            await group[0], self._grader, self._triggers, train_exit_tokens=self._config.train_exit_tokens
+        )
+
+    async def update(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> list[dict[str, float]]:
+        """Train on one rollout batch.
+
+        Reference log-probabilities, and old ones if there is more than one update, are computed over the whole batch
+        before its first update.
+
+        Args:
+            plan: the same on all ranks.
+            groups: draw -> reference, for all of the plan's draws; this rank fetches those it trains on.
+
+        Returns:
+            Metrics of each update, the same on all ranks.
+        """
+        assert plan.advantages.keys() == groups.keys(), "the plan's draws and the groups' differ"
+        draws = sorted(plan.draws(self._rank))
+        fetched = await asyncio.gather(*(_value(groups[d]) for d in draws))
+        return await self._run(self._update, plan, dict(zip(draws, fetched, strict=True)))
+
+    def _update(self, plan: Plan, groups: Mapping[int, Group]) -> list[dict[str, float]]:
+        from stepgrpo.learner.loss import policy_loss
+
+        c, engine = self._config, self._engine
+        work = [[self._collate(rows, plan, groups) for rows in u.micro_batches[self._rank]] for u in plan.updates]
+        if self._with_reference:
+            work = [[dataclasses.replace(b, reference=engine.reference_logprobs(b)) for b in bs] for bs in work]
+        if len(work) > 1:
+            work = [[dataclasses.replace(b, old=engine.logprobs(b)[0]) for b in bs] for bs in work]
+        metrics = []
+        for update, batches in zip(plan.updates, work, strict=True):
+            objective = partial(
+                policy_loss,
+                clip_low=c.clip_low,
+                clip_high=c.clip_high,
+                dual_clip=c.dual_clip,
+                importance_cap=c.importance_cap,
+                kl_coef=c.kl_coef,
+                scale=1 / update.num_loss_tokens,
+            )
+            metrics.append(engine.update(batches, objective, lr=self._next_lr(), own_version=plan.version))
+            assert metrics[-1]["policy/loss_tokens"] == update.num_loss_tokens, "driver and ranks count differently"
+        return metrics
+
+    def _collate(self, rows: Sequence[Row], plan: Plan, groups: Mapping[int, Group]) -> MicroBatch:
+        samples = [
+            sample_of(groups[draw].trajectories[i], plan.advantages[draw][i], self._config.train_exit_tokens)
+            for draw, i in rows
+        ]
+        return collate(samples, self._packed, self._engine.pad_id)
+
+    async def train_pairs(self, pairs: Sequence[Awaitable[Sequence[Pair]]]) -> dict[str, float]:
+        """One supervised update; every rank gets all pairs and takes its share.
+
+        Args:
+            pairs: a list of one reference.
+
+        Returns:
+            Metrics, the same on all ranks.
+        """
+        return await self._run(self._train_pairs, await pairs[0])
+
+    def _train_pairs(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        from stepgrpo.learner.loss import nll_loss
+
+        samples = [pair_sample(prompt, response) for prompt, response in pairs]
+        shares = partition(
+            [len(s.token_ids) for s in samples],
+            num_ranks=self._world_size,
+            budget_tokens=self._config.micro_batch_tokens,
+            packed=self._packed,
+        )
+        batches = [collate([samples[i] for i in mb], self._packed, self._engine.pad_id) for mb in shares[self._rank]]
+        num_tokens = sum(int(s.loss_mask.sum()) for s in samples)
+        return self._engine.update(batches, partial(nll_loss, scale=1 / num_tokens), lr=self._next_lr())
+
+    async def publish(self, version: int) -> tuple[Manifest, list[Any]]:
+        """Put this rank's pieces of the weights into the object store; copied by the time it returns."""
+        return await self._run(
+            lambda: pack(
+                self._engine.shards(),
+                version=version,
+                rank=self._rank,
+                bucket_bytes=self._config.bucket_mb << 20,
+                put=ray.put,
+            )
+        )
+
+    async def save(self, directory: str) -> None:
+        """Write the policy as a Hugging Face directory; a collective, rank 0 writes."""
+        await self._run(self._engine.save_pretrained, directory)
+
+    async def close(self) -> None:
+        """Stop the grading processes and release the engine."""
+        if self._grader is not None:
+            self._grader.close()
+        if hasattr(self, "_engine"):
+            await self._run(self._engine.close)
+        self._thread.shutdown()
+
+    def _next_lr(self) -> float:
+        from stepgrpo.learner.engine import learning_rate
+
+        self._num_updates += 1
+        return learning_rate(self._config, self._num_updates - 1, self._total_updates)
+
+    async def _run(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+
+async def _value(ref: Awaitable[T]) -> T:
+    return await ref

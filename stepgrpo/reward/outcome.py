@@ -1,0 +1,248 @@
+"""Whether a response is right: the last box after thinking, compared with the truth.
+
+Symbolic comparison runs model output through a parser and a computer algebra system, which may take forever, eat all
+memory or crash. So it runs in processes of its own, each with a memory limit and an alarm that the kernel enforces. A
+wrong or unreadable answer is an ordinary verdict; a comparison that could not be finished is a grader failure and says
+so in ``Outcome.error``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+from pebble import ProcessExpired, ProcessPool
+
+if TYPE_CHECKING:
+    from stepgrpo.config import RewardConfig
+
+MAX_ANSWER_CHARS = 1000
+"""A longer answer is wrong without asking: true answers stay far below, and parsing time grows fast with length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The verdict on one response."""
+
+    correct: bool
+    formatted: bool
+    """Whether there is a boxed answer after thinking."""
+    answer: str | None
+    """What the box holds; None where there is none."""
+    error: str | None = None
+    """Why the grader could give no verdict (``correct`` is then False): "timeout", "memory", "crash" or "truth", the
+    last where the true answer cannot be read. None where it could."""
+
+
+class Grader(Protocol):
+    """Judges responses to one problem."""
+
+    async def grade(self, responses: Sequence[str], truth: str) -> list[Outcome]:
+        """One outcome per response, in order. Never raises for what a response or a truth holds."""
+
+    def close(self) -> None:
+        """Ends its processes. Gradings still open are cancelled."""
+
+
+def extract_answer(response: str, think_close: str = "</think>") -> str | None:
+    r"""What the last complete ``\boxed{...}`` or ``\fbox{...}`` after the first ``think_close`` holds, stripped.
+
+    Braces must balance, escaped ones aside; blanks may stand before the opening one. None where thinking was not
+    closed, or where no box follows, closes or holds anything. Takes time linear in the response's length.
+    """
+    _, closed, text = response.partition(think_close)
+    if not closed:
+        return None
+    opened: list[int | None] = []  # for each brace still open: where its box's content begins, None for other braces
+    last = (-1, -1)
+    for token in _LATEX_TOKEN.finditer(text):
+        match token.lastgroup:
+            case "box":
+                opened.append(token.end())
+            case "open":
+                opened.append(None)
+            case "close" if opened and (begin := opened.pop()) is not None:
+                last = max(last, (begin, token.start()))
+    return text[slice(*last)].strip() or None
+
+
+# An escape hides one brace, or the backslash before it. `\\boxed{`, which JSON-minded models write, still is a box.
+_LATEX_TOKEN = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?!\\(?:boxed|fbox)).|(?P<open>\{)|(?P<close>\})", re.DOTALL
+)
+
+
+class ExactGrader:
+    """Right is what has the truth's words, whatever the blanks between them."""
+
+    def __init__(self, think_close: str = "</think>") -> None:
+        self._think_close = think_close
+
+    async def grade(self, responses: Sequence[str], truth: str) -> list[Outcome]:
+        answers = [extract_answer(r, self._think_close) for r in responses]
+        return [Outcome(a is not None and a.split() == truth.split(), a is not None, a) for a in answers]
+
+    def close(self) -> None:
+        pass
+
+
+class MathGrader:
+    """Mathematical equality, by math-verify in separate processes that start with the first question to them.
+
+    May be used from any thread or event loop. The processes do not outlive their owner, even one that was killed: idle
+    ones end when its pipe breaks, busy ones at the latest when their alarm rings.
+
+    Args:
+        processes: How many.
+        timeout: Seconds after which one comparison is given up.
+        memory_mb: Address space of one process.
+        think_close: The marker that ends thinking.
+    """
+
+    def __init__(
+        self, processes: int = 2, timeout: float = 10.0, memory_mb: int = 2048, think_close: str = "</think>"
+    ) -> None:
+        self._processes, self._timeout, self._memory_mb, self._think_close = processes, timeout, memory_mb, think_close
+        self._lock = threading.Lock()
+        self._pool = self._make_pool()
+        self._open: set[Future[bool | None]] = set()
+        self._closed = False
+
+    async def grade(self, responses: Sequence[str], truth: str) -> list[Outcome]:
+        answers = [extract_answer(r, self._think_close) for r in responses]
+        distinct = [a for a in dict.fromkeys(answers) if a is not None]
+        outcomes = await asyncio.gather(*(self._judge(a, truth.strip()) for a in distinct))
+        verdicts: dict[str | None, Outcome] = dict(zip(distinct, outcomes, strict=True))
+        return [verdicts.get(a, Outcome(False, False, None)) for a in answers]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        for future in tuple(self._open):
+            future.cancel()
+        self._pool.stop()
+        self._pool.join()
+
+    async def _judge(self, answer: str, truth: str) -> Outcome:
+        if answer == truth:
+            return Outcome(True, True, answer)
+        if len(answer) > MAX_ANSWER_CHARS:
+            return Outcome(False, True, answer)
+        try:
+            equal = await self._ask(answer, truth)
+        except ProcessExpired as e:
+            reason = {-signal.SIGALRM: "timeout", _OUT_OF_MEMORY: "memory"}.get(e.exitcode, "crash")
+        except FutureTimeoutError:
+            reason = "timeout"
+        except Exception:
+            reason = "crash"
+        else:
+            return Outcome(bool(equal), True, answer, "truth" if equal is None else None)
+        return Outcome(False, True, answer, reason)
+
+    async def _ask(self, answer: str, truth: str) -> bool | None:
+        try:
+            return await self._schedule(answer, truth)
+        except RuntimeError:
+            # A process that dies while idle breaks the whole pool and with it every open question: ask a new one.
+            return await self._schedule(answer, truth)
+
+    async def _schedule(self, answer: str, truth: str) -> bool | None:
+        with self._lock:
+            if self._closed:
+                raise asyncio.CancelledError("the grader is closed")
+            if not self._pool.active:
+                threading.Thread(target=self._pool.join, daemon=True).start()
+                self._pool = self._make_pool()
+            # The alarm inside the process acts first. Pebble's own limit asks politely before it kills, and its pool
+            # stands still meanwhile.
+            future: Future[bool | None] = self._pool.schedule(
+                _equal, args=(answer, truth, self._timeout), timeout=self._timeout + 2
+            )
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return await asyncio.wrap_future(future)
+
+    def _make_pool(self) -> ProcessPool:
+        return ProcessPool(
+            max_workers=self._processes,
+            initializer=_start_process,
+            initargs=(self._memory_mb,),
+            context=multiprocessing.get_context("spawn"),
+        )
+
+
+def make_grader(config: RewardConfig, think_close: str) -> Grader:
+    """The grader that ``config.grader`` names, with its limits."""
+    if config.grader == "exact":
+        return ExactGrader(think_close)
+    return MathGrader(config.grade_processes, config.grade_timeout, config.grade_memory_mb, think_close)
+
+
+def grade(response: str, truth: str) -> Outcome:
+    """Judge one response by mathematical equality, with a grader of default limits that is made on first use.
+
+    A script that calls this needs the usual ``if __name__ == "__main__":``, because processes are spawned.
+    """
+    with ThreadPoolExecutor(1) as thread:  # of its own, because this one may be running an event loop
+        return thread.submit(asyncio.run, _default_grader().grade([response], truth)).result()[0]
+
+
+@cache
+def _default_grader() -> MathGrader:
+    return MathGrader()
+
+
+# What follows runs in the grading processes.
+
+_OUT_OF_MEMORY = 77
+"""Exit code of a process that met its memory limit."""
+
+
+def _start_process(memory_mb: int) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # warns that its own timeouts are off
+    import math_verify
+
+    # math-verify takes any exception for "not equal", a MemoryError too, and a bomb would be a silent zero. Its handlers
+    # look `Exception` up in their own module first: there it is made to mean everything but MemoryError.
+    for module in (math_verify.parser, math_verify.grader):
+        module.Exception = tuple(e for e in Exception.__subclasses__() if e is not MemoryError)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+
+
+def _equal(answer: str, truth: str, timeout: float) -> bool | None:
+    """Whether the two are equal; None where the truth cannot be read. May end the process instead."""
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    try:
+        from math_verify import verify
+
+        expected = _parse(truth)
+        if verify(expected, _parse(answer), timeout_seconds=None):
+            return True
+        return False if any(not isinstance(e, str) for e in expected) else None
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)  # not merely a verdict: what ate the memory may sit in sympy's caches
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _parse(latex: str) -> list[object]:
+    """The expression, and the text it was read from; only the text, or nothing, where it cannot be read."""
+    from math_verify import LatexExtractionConfig, parse
+
+    # Nothing but the box: the default also fishes the last number out of an answer that it cannot read.
+    box = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    return parse(rf"\boxed{{{latex}}}", [box], parsing_timeout=None)

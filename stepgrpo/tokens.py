@@ -1,0 +1,122 @@
+"""Text and token ids of the policy's own tokenizer, without transformers or torch.
+
+Tokens are the truth and text is for looking at: forced text is encoded once, on its own, and sampled ids are decoded
+to find words in them, never encoded again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+_INCOMPLETE = "�"  # what a decoder shows for bytes that are no whole character (yet)
+
+
+class Codec:
+    """A checkpoint's tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Self:
+        """Read ``tokenizer.json`` of a checkpoint directory.
+
+        Raises:
+            ValueError: there is none, or it cannot be read.
+        """
+        file = Path(path) / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: not there; a checkpoint needs its fast tokenizer "
+                "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it)"
+            )
+        try:
+            return cls(Tokenizer.from_file(str(file)))
+        except Exception as e:  # what the library raises
+            raise ValueError(f"{file}: not a tokenizer that `tokenizers` can read ({e})") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` alone: nothing is put before or after it.
+
+        Raises:
+            ValueError: the vocabulary cannot spell the text, so ids would say something else.
+        """
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # a vocabulary without an unknown token
+            raise ValueError(f"the tokenizer cannot encode {text!r} ({e}); use words of its vocabulary") from None
+        spelt = self.decode(ids)
+        # Word-level tokenizers are free in blanks, and some drop unknown words without a word.
+        if "".join(spelt.split()) != "".join(text.split()):
+            raise ValueError(
+                f"the tokenizer cannot encode {text!r}: it comes back as {spelt!r}; use words of its vocabulary"
+            )
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text with its special tokens."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def single_token(self, text: str) -> int | None:
+        """The one token that spells ``text``, if there is one.
+
+        Raises:
+            ValueError: the vocabulary cannot spell it at all.
+        """
+        ids = self.encode(text)
+        return ids[0] if len(ids) == 1 else None
+
+
+class TextStream:
+    """Decodes a growing sequence at constant cost per token, and remembers which token holds which character.
+
+    A token's text begins at the first character that begins in it: of a character whose bytes lie in three tokens,
+    the first holds it, and the other two begin where the next character does.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self._tokenizer = codec.tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._num_chars = 0
+        self._begun = 0  # characters begun so far, an incomplete one included
+        self._held: list[int] = []  # tokens whose text is not out yet
+        self.offsets: list[int] = []
+        """Per token, the index of its first character in the text of the whole sequence."""
+
+    def feed(self, token_ids: Iterable[int]) -> str:
+        """The text that these tokens complete."""
+        step, tokenizer, offsets = self._stream.step, self._tokenizer, self.offsets
+        out = []
+        for token in token_ids:
+            offsets.append(self._begun)
+            text = step(tokenizer, token)
+            if text is None:
+                self._held.append(token)
+                held = self._text_held()
+                whole = held.rstrip(_INCOMPLETE)
+                self._begun = self._num_chars + len(whole) + (whole != held)
+            else:
+                self._held.clear()
+                self._num_chars += len(text)
+                self._begun = self._num_chars
+                out.append(text)
+        return "".join(out)
+
+    def finish(self) -> str:
+        """The rest of the text, where the sequence ends within a character."""
+        return self._text_held()
+
+    def token_at(self, char: int) -> int:
+        """Index of the token that holds the first byte of character ``char``."""
+        return bisect_right(self.offsets, char) - 1
+
+    def _text_held(self) -> str:
+        return self._tokenizer.decode(self._held, skip_special_tokens=False)

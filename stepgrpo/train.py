@@ -1,0 +1,411 @@
+"""The loop. It holds references and scalars, never a token.
+
+    PromptStream --draw--> RolloutWorker.roll --> group (stays in that node's object store), report
+                               ^                    |
+              Ledger.may_admit |                    v ref
+        (bounds staleness, by  |              LearnerWorker.ingest --> GradedGroup (scalars)
+         the version the worker|                    |
+         holds)                |                    v
+                               |              Ledger.settle ... Ledger.close: first N groups in draw order
+                               |                    |
+                               |                    v   rewards, advantages, ONE plan for all ranks
+        RolloutWorker.load <---+--- publish <-- LearnerWorker.update
+        (one version at a time per worker; an evaluation holds its workers' versions until it is done)
+
+In flight: draws the ledger has admitted. What waits for what: admission for a worker's place and version (woken by a
+finished rollout, a closed batch or a loaded version); the learner for the next batch's draws to settle (woken by
+`settle`); a worker's `load` for an evaluation's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stepgrpo import metrics
+from stepgrpo.actors.worker import LoadReport
+from stepgrpo.admission import ClosedBatch, Ledger
+from stepgrpo.config import Config
+from stepgrpo.console import Display, Phase, clock
+from stepgrpo.data import PromptStream
+from stepgrpo.evaluate import Evaluation, decode, evaluation
+from stepgrpo.learner.batch import Plan, make_plan
+from stepgrpo.reward.credit import advantages, has_signal
+from stepgrpo.reward.schemes import make_scheme
+from stepgrpo.types import GradedGroup, Prompt, RolloutReport, WeightVersion
+
+
+class TrainError(RuntimeError):
+    """The run cannot go on; the message holds the first cause."""
+
+
+@dataclass(slots=True)
+class Seat:
+    """What the loop knows of one rollout worker."""
+
+    actor: Any
+    capacity: int
+    """Groups it works on at the same time."""
+    version: int = 0
+    in_flight: int = 0
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while its weights change, and by an evaluation while they may not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    graded: GradedGroup
+    ref: Any
+    report: RolloutReport
+
+
+class Loop:
+    """One training run over actors that are up."""
+
+    def __init__(
+        self,
+        config: Config,
+        stream: PromptStream,
+        held_out: Sequence[Prompt],
+        seats: Sequence[Seat],
+        ranks: Sequence[Any],
+        display: Display,
+        log: metrics.RunLog,
+    ) -> None:
+        t = config.train
+        self.config, self.stream, self.held_out = config, stream, held_out
+        self.seats, self.ranks, self.display, self.log = seats, ranks, display, log
+        self.ledger = Ledger(
+            num_batches=t.num_batches,
+            prompts_per_batch=t.prompts_per_batch,
+            max_staleness=t.max_staleness,
+            refill_limit=config.refill_limit,
+        )
+        self.scheme = make_scheme(config.reward)
+        self.weights: WeightVersion | None = None  # None: version 0, which every engine starts with
+        self.settled: dict[int, Settled] = {}
+        self.failures = 0
+        self.update = 0
+        self.row: dict[str, Any] = {}
+        self.last_eval = ""
+        self._wake = asyncio.Event()
+        self._closable = asyncio.Event()
+        self._busy_since: float | None = None
+        self._busy_seconds = 0.0
+        self._loads: list[LoadReport] = []
+        self._sync_seconds = math.nan
+
+    async def run(self) -> dict[str, Any]:
+        """Train to the end; returns the evaluations before and after, with their groups."""
+        c = self.config
+        before = await self._evaluate_phase("before", "the starting model")
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            with self.display.phase("train", f"training, {c.train.num_batches} rollout batches") as phase:
+                feeder = tasks.create_task(self._feed())
+                started = last = time.monotonic()
+                for index in range(c.train.num_batches):
+                    batch = await self._closed_batch()
+                    waited = time.monotonic() - last
+                    await self._train_batch(batch, waited, last)
+                    last = time.monotonic()
+                    self._show(phase, started, index + 1)
+                    if self._eval_due(index + 1):
+                        await self._start_evaluation()
+                feeder.cancel()
+                phase.result = f"{self.update} updates"
+        assert self.ledger.in_flight == 0, "draws left over: neither trained on nor filtered"
+        async with self._frozen():
+            pass  # every engine holds the last version from here on
+        after = await self._evaluate_phase("after", "the trained model")
+        return {"before": before, "after": after}
+
+    # ---- rollouts
+
+    async def _feed(self) -> None:
+        """Start draws for as long as a worker has room and the draw may meet its batch in time."""
+        while True:
+            self._wake.clear()
+            while True:
+                free = [s for s in self.seats if s.in_flight < s.capacity]
+                seat = max(free, key=lambda s: (s.version, -s.in_flight), default=None)
+                if seat is None or not self.ledger.may_admit(seat.version):
+                    break
+                seat.in_flight += 1
+                self._tasks.create_task(self._rollout(self.ledger.admit(), seat))
+            await self._wake.wait()
+
+    async def _rollout(self, draw: int, seat: Seat) -> None:
+        self._mark_busy()
+        try:
+            settled = await self._attempts(draw, seat)
+        finally:
+            seat.in_flight -= 1
+            self._mark_busy()
+            self._wake.set()
+        rewards = self.scheme([settled.graded])[0]
+        self.settled[draw] = settled
+        self.ledger.settle(draw, keep=not self.config.train.refill or has_signal(rewards))
+        self._wake.set()
+        self._closable.set()
+
+    async def _attempts(self, draw: int, seat: Seat) -> Settled:
+        """A failed group is sampled again from the same seeds; too many failures in a row stop the run."""
+        prompt = self.stream[draw]
+        while True:
+            try:
+                report_ref, group_ref = seat.actor.roll.remote(prompt)
+                report = await report_ref
+                graded = await self.ranks[draw % len(self.ranks)].ingest.remote([group_ref])
+            except Exception as e:  # whatever the remote side raised: the draw must not get lost
+                self.failures += 1
+                if self.failures >= self.config.train.max_failures:
+                    raise TrainError(
+                        f"{self.failures} rollouts failed in a row (train.max_failures); the last, "
+                        f"draw {draw} ({prompt.key}): {_one_line(e)}"
+                    ) from e
+                self.display.print(f"[yellow]draw {draw} ({prompt.key}) failed and is sampled again:[/] {_one_line(e)}")
+            else:
+                self.failures = 0
+                return Settled(graded, group_ref, report)
+
+    def _mark_busy(self) -> None:
+        """Account the seconds in which anything is being generated."""
+        now = time.monotonic()
+        busy = any(s.in_flight for s in self.seats)
+        if self._busy_since is not None:
+            self._busy_seconds += now - self._busy_since
+        self._busy_since = now if busy else None
+
+    # ---- learning
+
+    async def _closed_batch(self) -> ClosedBatch:
+        while (batch := self.ledger.close()) is None:
+            self._closable.clear()
+            await self._closable.wait()
+        self._wake.set()  # the next batch's draws have come one version closer
+        return batch
+
+    async def _train_batch(self, batch: ClosedBatch, waited: float, last: float) -> None:
+        c = self.config
+        used = {d: self.settled.pop(d) for d in (*batch.kept, *batch.filtered)}
+        kept = [used[d] for d in batch.kept]
+        groups = [s.graded for s in kept]
+        rewards = self.scheme(groups)
+        credit = advantages(rewards, c.reward.normalization)
+        plan = make_plan(
+            groups,
+            credit,
+            version=batch.index,
+            num_updates=min(c.updates_per_batch, math.ceil(len(groups) / c.train.prompts_per_update)),
+            num_ranks=len(self.ranks),
+            budget_tokens=c.learner.micro_batch_tokens,
+            packed=c.model.attention == "flash_attention_2",
+        )
+        if len(groups) < c.train.prompts_per_batch:
+            self.display.print(
+                f"[yellow]batch {batch.index} trains on {len(groups)} of {c.train.prompts_per_batch} groups:[/] "
+                f"{len(batch.filtered)} had no signal (train.refill_limit)"
+            )
+        stale = max((batch.index - f.oldest_version for g in groups for f in g.facts), default=0)
+        assert stale <= c.train.max_staleness, f"a group {stale} versions old reached batch {batch.index}"
+
+        refs = {d: used[d].ref for d in batch.kept}
+        start = time.monotonic()
+        results = await _all(r.update.remote(plan, refs) for r in self.ranks)
+        trained = time.monotonic()
+        size = await self._publish(batch.index + 1)
+        published = time.monotonic()
+
+        self._mark_busy()
+        reports = [s.report for s in used.values()]
+        timing = {
+            "time/batch": published - last,
+            "time/wait": waited,
+            "time/generate": self._busy_seconds,
+            "time/grade": sum(s.graded.grade_seconds for s in used.values()),
+            "time/train": trained - start,
+            "time/publish": published - trained,
+            "time/sync": self._sync_seconds,
+            "time/paused": max((r.paused_seconds for r in self._loads), default=math.nan),
+            "rate/tokens": sum(r.response_tokens for r in reports) / (published - last),
+            "weights/bytes": size,
+        }
+        self._busy_seconds, self._loads = 0.0, []
+        self._log_batch(batch, plan, groups, rewards, results[0], timing)
+
+    def _log_batch(
+        self,
+        batch: ClosedBatch,
+        plan: Plan,
+        groups: Sequence[GradedGroup],
+        rewards: Sequence[Any],
+        results: Sequence[dict[str, float]],
+        timing: dict[str, float],
+    ) -> None:
+        c = self.config
+        by_draw = {g.draw: (g, r) for g, r in zip(groups, rewards, strict=True)}
+        for i, (update, result) in enumerate(zip(plan.updates, results, strict=True)):
+            draws = sorted({draw for rank in update.micro_batches for rows in rank for draw, _ in rows})
+            of_update = [by_draw[d] for d in draws]
+            self.update += 1
+            self.row = {
+                "update": self.update,
+                "batch": batch.index,
+                "epoch": (max(batch.kept) + 1) / len(self.stream),
+                **metrics.of_groups([g for g, _ in of_update], [r for _, r in of_update], batch.index, c.reward.alpha),
+                "reward/filtered": len(batch.filtered),
+                "reward/missing": c.train.prompts_per_batch - len(batch.kept),
+                **result,
+                **(timing if i == len(plan.updates) - 1 else {}),
+            }
+            self.log.write(self.row)
+        _append(c.run_dir / "draws.jsonl", {"batch": batch.index, "trained": batch.kept, "filtered": batch.filtered})
+
+    async def _publish(self, version: int) -> int:
+        """The learner's weights into the object store; workers fetch them while they go on decoding. Their bytes."""
+        parts = await _all(r.publish.remote(version) for r in self.ranks)
+        self.weights = WeightVersion(version, tuple(m for m, _ in parts), tuple(tuple(b) for _, b in parts))
+        self._tasks.create_task(self._spread())
+        return self.weights.num_bytes
+
+    async def _spread(self) -> None:
+        start = time.monotonic()
+        self._loads = await _all(self._load(s) for s in self.seats)
+        self._sync_seconds = time.monotonic() - start
+
+    async def _load(self, seat: Seat) -> LoadReport:
+        async with seat.loading:
+            return await self._load_locked(seat)
+
+    async def _load_locked(self, seat: Seat) -> LoadReport:
+        """Bring a worker to the newest version. A worker that fell behind skips the versions in between."""
+        weights = self.weights
+        if weights is None or seat.version == weights.version:
+            return LoadReport(seat.version, 0, 0.0, 0.0)
+        report: LoadReport = await seat.actor.load.remote(weights)
+        seat.version = weights.version
+        self._wake.set()
+        return report
+
+    # ---- evaluation
+
+    def _eval_due(self, batches_done: int) -> bool:
+        c = self.config
+        return bool(c.eval.every and batches_done % c.eval.every == 0 and batches_done < c.train.num_batches)
+
+    @asynccontextmanager
+    async def _frozen(self) -> AsyncIterator[int]:
+        """All workers on the newest version, and none loads another until the block ends. Yields the version."""
+        held: list[Seat] = []
+        try:
+            for s in self.seats:
+                await s.loading.acquire()
+                held.append(s)
+            await _all(self._load_locked(s) for s in self.seats)
+            yield self.seats[0].version
+        finally:
+            for s in held:
+                s.loading.release()
+
+    async def _start_evaluation(self) -> None:
+        """Evaluate in the background. Workers are held before this returns, so no later version slips in."""
+        prompts = self.held_out[: self.config.eval.num_prompts_during]
+        if not prompts:
+            return
+        entered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def background() -> None:
+            async with self._frozen() as version:
+                entered.set_result(None)
+                result, _ = await self._evaluate(prompts, version, None)
+            self.last_eval = f"eval {result.accuracy.mean:.1%} {result.tokens.mean:.0f} tok"
+
+        self._tasks.create_task(background())
+        await entered
+
+    async def _evaluate_phase(self, name: str, title: str) -> tuple[Evaluation, list[GradedGroup]] | None:
+        prompts = self.held_out[: self.config.eval.num_prompts]
+        if not prompts:
+            return None
+        with self.display.phase(name, f"measuring {title} on {len(prompts)} held-out problems") as phase:
+            result, groups = await self._evaluate(prompts, self.seats[0].version, phase)
+            phase.result = (
+                f"accuracy {result.accuracy.mean:.1%}  tokens {result.tokens.mean:.1f}  steps {result.steps.mean:.2f}"
+            )
+        return result, groups
+
+    async def _evaluate(
+        self, prompts: Sequence[Prompt], version: int, phase: Phase | None
+    ) -> tuple[Evaluation, list[GradedGroup]]:
+        start = time.monotonic()
+
+        def progress(done: int) -> None:
+            if phase:
+                phase.show(f"{done} problems", done, len(prompts))
+
+        groups = await decode([s.actor for s in self.seats], prompts, progress)
+        result = evaluation(groups, version=version, seconds=time.monotonic() - start)
+        _append(self.config.run_dir / "evaluations.jsonl", {"update": self.update, **result.as_dict()})
+        self.log.evaluation(
+            {"accuracy": result.accuracy.mean, "tokens": result.tokens.mean, "steps": result.steps.mean}, self.update
+        )
+        return result, groups
+
+    def _show(self, phase: Phase, started: float, batches_done: int) -> None:
+        c, r = self.config, self.row
+        if not r:  # no batch has taught anything yet
+            return
+        left = (time.monotonic() - started) / batches_done * (c.train.num_batches - batches_done)
+        parts = [
+            f"update {self.update}/{c.train.num_batches * c.updates_per_batch}",
+            f"accuracy {r['reward/accuracy']:.0%}",
+            f"tokens {r['rollout/tokens']:.0f}",
+            f"steps {r['rollout/steps']:.1f}",
+            f"confident {r['exit/confident']:.0%}",
+            f"stale {r['staleness/mean']:.1f}",
+            f"{r['rate/tokens']:.0f} tok/s",
+            self.last_eval,
+            f"left {clock(left)}",
+        ]
+        phase.show("  ".join(p for p in parts if p), batches_done, c.train.num_batches)
+
+
+async def _all(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Await together; the first failure is raised at once and cancels the rest."""
+
+    async def one(a: Awaitable[Any]) -> Any:
+        return await a
+
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(one(a)) for a in awaitables]
+    return [t.result() for t in running]
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first cause, out of whatever Ray and task groups wrapped around it."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif isinstance(inner := getattr(error, "cause", None), BaseException):
+            error = inner
+        else:
+            return error
+
+
+def _one_line(error: BaseException) -> str:
+    first = root_cause(error)
+    lines = str(first).strip().splitlines()
+    return f"{type(first).__name__}: {lines[-1] if lines else ''}"
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(record) + "\n")

@@ -1,0 +1,62 @@
+"""What can be missing at the start is found at the start, with a message that says what to do."""
+
+import socket
+
+import pytest
+
+from stepgrpo.config import ClusterConfig, ConfigError
+from stepgrpo.launch import Bundle, check_resources, session
+
+WORKER = Bundle("rollout.num_workers", 1.0, 2)
+RANK = Bundle("learner.num_ranks", 1.0, 1)
+
+
+def test_more_gpus_than_the_cluster_has_is_an_error_that_says_who_asks_for_them():
+    with pytest.raises(ConfigError, match=r"GPUs: the config asks for 8 \(rollout.num_workers takes 4, learner") as e:
+        check_resources({"CPU": 64, "GPU": 4}, [{"CPU": 64, "GPU": 4}], [WORKER] * 2 + [RANK] * 4)
+    assert "has 4; lower them, or add a node" in str(e.value)
+
+
+def test_more_cpus_than_the_cluster_has_is_an_error():
+    with pytest.raises(ConfigError, match="CPUs: the config asks for 3"):
+        check_resources({"CPU": 2}, [{"CPU": 2}], [Bundle("learner.num_ranks", 1.0, 0)] * 3)
+
+
+def test_an_actor_that_fits_no_single_node_is_an_error():
+    nodes = [{"CPU": 8, "GPU": 1}] * 4
+    with pytest.raises(ConfigError, match="one actor asks for 2 GPUs but the largest node has 1"):
+        check_resources({"CPU": 32, "GPU": 4}, nodes, [WORKER])
+
+
+def test_a_cluster_that_fits_is_accepted():
+    check_resources({"CPU": 8, "GPU": 8}, [{"CPU": 8, "GPU": 8}], [WORKER] * 2 + [RANK] * 4)
+
+
+@pytest.mark.parametrize("path", ["/proc/none", "relative/dir", "/tmp/" + "x" * 60])
+def test_a_temp_dir_that_cannot_be_used_is_named_before_ray_starts(path):
+    with (
+        pytest.raises(ConfigError, match=r"^cluster\.temp_dir: got "),
+        session(ClusterConfig(device="cpu", temp_dir=path), []),
+    ):
+        pass
+
+
+def test_a_port_in_use_is_named_before_ray_starts():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        with (
+            pytest.raises(ConfigError, match=rf"^cluster\.dashboard_port: got {port}, cannot be used"),
+            session(ClusterConfig(device="cpu", dashboard_port=port), []),
+        ):
+            pass
+
+
+def test_an_address_where_no_cluster_answers_is_an_error(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(ConfigError, match=r"^cluster\.address: got 127\.0\.0\.1:1, no Ray cluster answers there"),
+        session(ClusterConfig(device="cpu", address="127.0.0.1:1"), []),
+    ):
+        pass
