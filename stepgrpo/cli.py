@@ -60,7 +60,7 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
     from stepgrpo.config import SftConfig, load
 
     def job(display: Display) -> None:
-        from stepgrpo import sft as supervised
+        import stepgrpo.sft as supervised
 
         settings = load(SftConfig, config, overrides)
         supervised.train(settings, display)

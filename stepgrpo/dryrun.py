@@ -387,31 +387,32 @@ def render(p: Plan) -> RenderableType:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=box.SIMPLE, show_header=bool(columns),
-        show_edge=False, pad_edge=False,
-    )  # fmt: skip
+def _titled(title: str, table: Table) -> Group:
+    return Group(Text(f"\n{title}", style="bold"), table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE, show_header=bool(columns), show_edge=False, pad_edge=False)
     for i, name in enumerate(columns or ("", "")):
         table.add_column(name, justify="right" if columns and i else "left")
     return table
 
 
-def _placement(p: Plan) -> Table:
+def _placement(p: Plan) -> Group:
     config, on_gpu = p.config, p.gpu_memory is not None
     cl, workers, ranks = config.cluster, config.rollout.num_workers, config.learner.num_ranks
-    table = _table("placement", "", "actors", "GPUs each", "CPUs each", "GPUs", "CPUs")
+    table = _table("", "actors", "GPUs each", "CPUs each", "GPUs", "CPUs")
     for name, num, gpus, cpus in (
         ("rollout workers", workers, config.engine.tensor_parallel * on_gpu, cl.cpus_per_worker),
         ("learner ranks", ranks, 1 * on_gpu, cl.cpus_per_rank),
     ):
         table.add_row(name, str(num), str(gpus), f"{cpus:g}", str(num * gpus), f"{num * cpus:g}")
     table.add_row("the cluster must have", "", "", "", str(p.gpus), f"{p.cpus:g}", style="bold")
-    return table
+    return _titled("placement", table)
 
 
-def _memory(title: str, memory: Memory, limit: float | None) -> Table:
-    table = _table(title, "part", "memory")
+def _memory(title: str, memory: Memory, limit: float | None) -> Group:
+    table = _table("part", "memory")
     table.add_column("", style="dim")
     for part in memory.always:
         if part.bytes:
@@ -422,23 +423,20 @@ def _memory(title: str, memory: Memory, limit: float | None) -> Table:
     total = size(memory.total)
     verdict = "" if limit is None else f"of {size(limit)}: {'fits' if memory.total <= limit else 'DOES NOT FIT'}"
     table.add_row("at most", total, verdict, style="bold")
-    return table
+    return _titled(title, table)
 
 
-def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = _table(title)
+def _facts(title: str, rows: list[tuple[str, str]]) -> Group:
+    table = _table()
     for name, value in rows:
         table.add_row(name, value)
-    return table
+    return _titled(title, table)
 
 
 def _host_facts(p: Plan) -> list[tuple[str, str]]:
     rows = [
-        (
-            "each node with rollout workers",
-            f"{size(p.rollout_host)} for weights: one copy in the store, two in /dev/shm",
-        ),
-        ("object store of all nodes", f"{size(p.object_store)}: two versions of the weights, and waiting groups"),
+        ("each rollout node", f"{size(p.rollout_host)} for weights: 1 copy in the store, 2 in /dev/shm"),
+        ("object store", f"{size(p.object_store)} in all: 2 versions of the weights, waiting groups"),
     ]
     if p.learner_host:
         rows.append(("each learner rank", f"{size(p.learner_host)} for the offloaded optimizer"))
@@ -446,20 +444,19 @@ def _host_facts(p: Plan) -> list[tuple[str, str]]:
 
 
 def _batch_facts(p: Plan) -> list[tuple[str, str]]:
-    config = p.config
-    t, g = config.train, config.rollout.group_size
-    prompts = t.num_batches * t.prompts_per_batch
-    data = "not a file that can be read here, so its size is not known"
+    t, group_size, updates = p.config.train, p.config.rollout.group_size, p.config.updates_per_batch
+    prompts, longest = t.num_batches * t.prompts_per_batch, p.config.max_model_len
+    data = "size not known: no file that can be read here"
     if p.num_problems:
-        data = f"{p.num_problems:,} problems, {p.num_problems / t.prompts_per_batch:.1f} batches an epoch, "
-        data += f"{prompts / p.num_problems:.1f} epochs in the run"
+        data = f"{p.num_problems:,} problems: {p.num_problems / t.prompts_per_batch:.1f} batches an epoch, "
+        data += f"{prompts / p.num_problems:.1f} epochs in all"
     return [
-        ("rollout batch", f"{t.prompts_per_batch:,} prompts x {g} = {p.trajectories:,} trajectories"),
+        ("rollout batch", f"{t.prompts_per_batch:,} prompts x {group_size} = {p.trajectories:,} trajectories"),
         ("", f"at most {p.response_tokens:,} response tokens"),
-        ("KV cache of a worker", f"{p.kv_tokens:,} tokens: {p.full_sequences:,} sequences of {config.max_model_len:,}"),
-        ("updates", f"{config.updates_per_batch} a batch, {t.prompts_per_update:,} prompts each, at most "
-                    f"{p.micro_batches:,} micro-batches on a rank"),
-        ("run", f"{t.num_batches:,} batches = versions of the weights, {p.num_updates:,} updates, {prompts:,} prompts"),
+        ("a worker's KV cache", f"{p.kv_tokens:,} tokens: {p.full_sequences:,} sequences of {longest:,}"),
+        ("updates", f"{updates} a batch, {t.prompts_per_update:,} prompts each"),
+        ("micro-batches", f"at most {p.micro_batches:,} of a rank in an update"),
+        ("run", f"{t.num_batches:,} batches (= versions), {p.num_updates:,} updates, {prompts:,} prompts"),
         ("staleness", f"{t.max_staleness} version{'s' * (t.max_staleness != 1)} at most"),
         ("data", data),
-    ]  # fmt: skip
+    ]

@@ -206,9 +206,10 @@ def start_worker(config: Config, run_token: str, index: int, options: dict[str, 
 
     from stepgrpo.actors.worker import RolloutWorker, env_vars
 
-    actor = ray.remote(concurrency_groups={"control": 4})(RolloutWorker)
-    runtime_env = {"env_vars": env_vars(config.cluster.device)}
-    return actor.options(max_concurrency=10_000, runtime_env=runtime_env, **options).remote(config, run_token, index)
+    actor = ray.remote(RolloutWorker).options(
+        max_concurrency=10_000, runtime_env={"env_vars": env_vars(config.cluster.device)}, **options
+    )
+    return actor.remote(config, run_token, index)
 
 
 def start_ranks(

@@ -93,21 +93,23 @@ class TextStream:
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
-        step, tokenizer, offsets = self._stream.step, self._tokenizer, self.offsets
+        step, tokenizer, note, held = self._stream.step, self._tokenizer, self.offsets.append, self._held
+        begun, num_chars = self._begun, self._num_chars
         out = []
         for token in token_ids:
-            offsets.append(self._begun)
+            note(begun)
             text = step(tokenizer, token)
             if text is None:
-                self._held.append(token)
-                held = self._text_held()
-                whole = held.rstrip(_INCOMPLETE)
-                self._begun = self._num_chars + len(whole) + (whole != held)
+                held.append(token)
+                incomplete = self._text_held()
+                whole = incomplete.rstrip(_INCOMPLETE)
+                begun = num_chars + len(whole) + (whole != incomplete)
             else:
-                self._held.clear()
-                self._num_chars += len(text)
-                self._begun = self._num_chars
                 out.append(text)
+                begun = num_chars = num_chars + len(text)
+                if held:
+                    held.clear()
+        self._begun, self._num_chars = begun, num_chars
         return "".join(out)
 
     def finish(self) -> str:

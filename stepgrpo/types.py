@@ -127,9 +127,9 @@ class Trajectory:
     spans: tuple[VersionSpan, ...]
     probes: tuple[Probe, ...] = ()
     probe_tokens: int = 0
-    """Decoded for probes; never part of the trajectory."""
+    """Decoded for probes that were decided; never part of the trajectory."""
     discarded_tokens: int = 0
-    """Decoded past the cut while the probe that cut was still open."""
+    """Decoded past the cut, and for probes that an earlier decision overtook. The one count that depends on timing."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)

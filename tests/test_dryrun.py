@@ -215,7 +215,7 @@ def test_a_local_data_file_gives_epochs(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "m", tiny(transformers.Qwen3Config, head_dim=32, tie_word_embeddings=True))
     c = quickstart(model, f"data.train={data}", "train.num_batches=60", "train.prompts_per_batch=16")
     assert explain(c).num_problems == 320
-    assert "320 problems, 20.0 batches an epoch, 3.0 epochs in the run" in text_of(c)
+    assert "320 problems: 20.0 batches an epoch, 3.0 epochs in all" in text_of(c)
 
 
 def test_on_cpu_no_gpu_is_asked_for_or_judged(tmp_path: Path) -> None:

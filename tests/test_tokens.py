@@ -78,7 +78,9 @@ def test_text_that_a_tokenizer_drops_silently_is_refused():
 
 
 def test_decoding_keeps_special_tokens():
-    assert words(unk=False).decode([2, 1, 3, 0]) == "4 Wait 5 <eos>"
+    codec = words(unk=True)
+    assert codec.decode([2, 1, 3, 0]) == "4 Wait 5 <eos>"
+    assert TextStream(codec).feed([2, 1, 3, 0]) == "4 Wait 5 <eos>"
 
 
 def test_a_text_is_a_single_token_or_none():

@@ -111,6 +111,7 @@ def measure(model: Any, heldout: Path, *, seed: int = 0) -> dict[str, Any]:
             "accuracy": round(fmean(r.correct for r in chosen), 4),
             "steps": round(fmean(r.num_steps for r in chosen), 2),
             "tokens": round(fmean(len(r.words) for r in chosen), 1),
+            "complete": round(fmean(r.words[-1] == "<eos>" for r in chosen), 4),
         }
 
     return {

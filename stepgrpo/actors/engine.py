@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import multiprocessing
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -91,9 +92,11 @@ class VllmEngine:
         self._ids = itertools.count()
         self._loading = asyncio.Lock()
         self._cause: str | None = None
+        others = set(multiprocessing.active_children())
         self._llm: Any = AsyncLLM.from_engine_args(
             engine_args(path, model, config, device=device, max_model_len=max_model_len, seed=seed)
         )
+        self._processes = set(multiprocessing.active_children()) - others
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
         """Stream one response; closing the generator aborts the request.
@@ -222,6 +225,8 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.output_processor.propagate_error(self._dead_error())
             self._llm.shutdown(timeout=2.0)  # then it is killed; it holds nothing worth waiting for
+            for process in self._processes:
+                process.join()
             self._llm = None  # its finaliser would fail noisily at the interpreter's exit
 
 

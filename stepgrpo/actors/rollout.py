@@ -100,6 +100,7 @@ class Rollout:
         self.config = config
         self.think_close = think_close
         self.eos_ids = frozenset(eos_ids)
+        self.stop_ids = tuple(sorted(self.eos_ids))
         self.run_seed = run_seed
         # What the budget forces is the same for every method that is compared, whatever a preset would append to it.
         self.close_ids = codec.encode(think_close)
@@ -183,7 +184,8 @@ class _Probe:
     trigger: Trigger
     version: int
     """Of the trigger's token."""
-    question: tuple[int, ...] = ()
+    question: tuple[int, ...] | None
+    """None: decided without asking."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     answered: bool = False
@@ -231,6 +233,11 @@ class _Run:
         self.answers: list[Answer] = []
         self.num_asked = 0
         self.probe_tokens = 0
+        self.task_group = asyncio.TaskGroup()
+        self.tasks: list[asyncio.Task[None]] = []
+        self.ended = False  # thinking is over, by itself or by force: no further triggers
+        self.forced: _Cut | None = None
+        self.decided: asyncio.Future[_Cut | None] = asyncio.get_running_loop().create_future()
 
     async def trajectory(self) -> Trajectory:
         sampling = self._sampling(THINK, self.max_tokens, LATER)
@@ -261,7 +268,7 @@ class _Run:
             temperature=self.config.temperature,
             top_p=self.config.top_p,
             seed=seed_for(*self.key, segment),
-            stop_token_ids=tuple(sorted(self.rollout.eos_ids)),
+            stop_token_ids=self.rollout.stop_ids,
             priority=priority,
         )
 
@@ -282,12 +289,9 @@ class _Run:
 
     async def _think(self, sampling: Sampling) -> _Cut | None:
         """Think until it is decided how that ends; None where the response ended by itself."""
-        self.decided: asyncio.Future[_Cut | None] = asyncio.get_running_loop().create_future()
-        self.ended = False
-        self.forced: _Cut | None = None
         with _first_cause():
-            async with asyncio.TaskGroup() as self.group:
-                self.tasks = [self.group.create_task(self._follow(sampling))]
+            async with self.task_group:
+                self.tasks.append(self.task_group.create_task(self._follow(sampling)))
                 cut = await self.decided
                 for task in self.tasks:
                     task.cancel()
@@ -328,19 +332,18 @@ class _Run:
             if self.decided.done() or not is_probed(*self.key, trigger.index, probing.probability):
                 continue
             question = probing.policy.question(trigger)
-            probe = _Probe(trigger, self.versions[trigger.position])
+            probe = _Probe(trigger, self.versions[trigger.position], question)
             if question is None:
                 probe.answered = True
                 self.probes.append(probe)
                 self._settle()
             elif self.num_asked < probing.max_probes:
-                probe.question = question
                 self.num_asked += 1
                 self.probes.append(probe)
-                self.tasks.append(self.group.create_task(self._ask(probing, probe)))
+                prompt = [*self.prompt, *self.token_ids[: trigger.position], *question]
+                self.tasks.append(self.task_group.create_task(self._ask(probing, probe, prompt)))
 
-    async def _ask(self, probing: _Probing, probe: _Probe) -> None:
-        prompt = self.prompt + self.token_ids[: probe.trigger.position] + list(probe.question)
+    async def _ask(self, probing: _Probing, probe: _Probe, prompt: list[int]) -> None:
         async with self._stream(prompt, probing.sampling) as chunks:
             async for chunk in chunks:
                 self.probe_tokens += len(chunk.token_ids)
@@ -351,14 +354,17 @@ class _Run:
 
     def _read(self, probing: _Probing, probe: _Probe, chunk: Chunk) -> bool:
         """Take a chunk of a tentative answer, no further than to its end; return whether that is reached."""
+        left = len(chunk.token_ids)
         for token, logprob, version in zip(chunk.token_ids, chunk.logprobs, chunk.versions, strict=True):
+            left -= 1
             probe.token_ids.append(token)
             probe.logprobs.append(logprob)
             text = self.rollout.codec.decode(probe.token_ids)
             probe.closed = any(stop in text for stop in probing.preset.stop)
             probe.stale = version != probe.version
-            probe.hopeless = probing.policy.hopeless(probe.logprobs)
-            if probe.closed or probe.stale or probe.hopeless:
+            ended = probe.closed or probe.stale or (chunk.finish is not None and not left)
+            probe.hopeless = not ended and probing.policy.hopeless(probe.logprobs)
+            if ended or probe.hopeless:
                 return True
         return chunk.finish is not None
 
@@ -381,10 +387,10 @@ class _Run:
             return probe.record(Verdict.STALE)
         if probe.hopeless:
             return probe.record(Verdict.DECLINED)
-        confidence = preset.confidence(probe.logprobs, probe.closed) if probe.question else math.nan
+        confidence = math.nan if probe.question is None else preset.confidence(probe.logprobs, probe.closed)
         self.answers.append(Answer(probe.trigger, tuple(probe.token_ids), confidence))
         closing = self.probing.closing
-        if preset.keep_answer and probe.question:
+        if preset.keep_answer and probe.question is not None:
             closing = [*probe.question, *probe.token_ids]
         fits = probe.trigger.position + len(closing) <= self.max_tokens
         if not (policy.confident(self.answers) and fits):
@@ -405,6 +411,8 @@ class _Run:
             sampled[slice(*closing)] = False
         else:
             exit = Exit.NATURAL if self.rollout.think_close in text else Exit.EOS
+        # Probes that an earlier decision overtook count as thrown away: how many there are depends on timing.
+        probe_tokens = sum(len(record.token_ids) for record in self.records)
         versions = np.array(self.versions)
         edges = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist(), num_tokens]
         return Trajectory(
@@ -419,6 +427,6 @@ class _Run:
             control=self.control,
             spans=tuple(VersionSpan(int(versions[a]), a, b) for a, b in pairwise(edges)),
             probes=tuple(self.records),
-            probe_tokens=self.probe_tokens,
-            discarded_tokens=discarded_tokens,
+            probe_tokens=probe_tokens,
+            discarded_tokens=discarded_tokens + self.probe_tokens - probe_tokens,
         )

@@ -210,10 +210,10 @@ class Thinking:
         self._window = ""  # end of the text so far, from character `_base` on
         self._base = 0
         self._settled = 0  # a trigger that begins before this character is known, or is none
-        self._step = ""
+        self._step: str | None = None  # the one before
         self._step_parts: list[str] = []
         self._step_start = 0
-        self._num_equal = 1
+        self._num_equal = 0
 
     def feed(self, token_ids: Sequence[int]) -> list[Trigger]:
         """Take the next tokens, of which those beyond the budget do not exist; return the triggers now known.
@@ -245,7 +245,6 @@ class Thinking:
         end = window.find(self._think_close)
         if end >= 0:
             self.closed = self._stream.token_at(self._base + end + len(self._think_close) - 1) + 1
-            final = True
         else:
             end = len(window)
         found = []

@@ -37,7 +37,10 @@ class LoadReport:
 
 
 class RolloutWorker:
-    """One engine. Everything is async and runs on one event loop; weights are fetched in a thread beside it."""
+    """One engine, on one event loop; weights are fetched in a thread beside it.
+
+    No concurrency groups: Ray gives each a loop of its own, and the engine's client belongs to the loop it started on.
+    """
 
     def __init__(self, config: Config, run_token: str, index: int) -> None:
         self._config, self._index = config, index
@@ -86,7 +89,6 @@ class RolloutWorker:
 
         return list(await asyncio.gather(*(one(p) for p in prompts)))
 
-    @ray.method(concurrency_group="control")
     async def load(self, weights: WeightVersion) -> LoadReport:
         """Fetch a version once per node, then change to it between two tokens."""
         start = time.monotonic()
@@ -99,7 +101,6 @@ class RolloutWorker:
             paused = await self._engine.load(weights.version, path, table)
         return LoadReport(weights.version, weights.num_bytes if fetched else 0, assembled - start, paused)
 
-    @ray.method(concurrency_group="control")
     async def close(self) -> None:
         """Stop the engine process and give the shared memory back."""
         self._engine.close()

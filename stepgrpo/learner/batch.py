@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgrpo.types import BoolArray, Exit, FloatArray, GradedGroup, IntArray, Trajectory
+from stepgrpo.types import BoolArray, FloatArray, GradedGroup, IntArray, Trajectory
 
 LongArray = NDArray[np.int64]
 Row = tuple[int, int]
@@ -50,22 +50,9 @@ class Sample:
         assert not (self.forced & ~self.loss_mask).any(), "a forced token outside the loss"
 
 
-def loss_mask(trajectory: Trajectory, train_exit_tokens: bool) -> BoolArray:
-    """[T] the tokens the loss reads: sampled ones, and the closing of a confident exit if that is trained.
-
-    The closings of the budget and of repetition are never trained: the policy shall not learn to be cut off.
-    """
-    if train_exit_tokens and trajectory.exit is Exit.CONFIDENT:
-        assert trajectory.closing is not None
-        mask = trajectory.sampled.copy()
-        mask[slice(*trajectory.closing)] = True
-        return mask
-    return trajectory.sampled
-
-
 def sample_of(trajectory: Trajectory, advantage: float, train_exit_tokens: bool) -> Sample:
     """A trajectory as the learner reads it."""
-    mask = loss_mask(trajectory, train_exit_tokens)
+    mask = trajectory.loss_mask(train_exit_tokens)
     return Sample(
         token_ids=trajectory.token_ids,
         loss_mask=mask,
@@ -180,7 +167,7 @@ class Plan:
 
 def make_plan(
     groups: Sequence[GradedGroup],
-    advantages: Sequence[FloatArray],
+    advantages: Sequence[NDArray[np.floating]],
     *,
     version: int,
     num_updates: int,

@@ -177,6 +177,7 @@ class LearnerEngine:
             # backward() as often as an update has micro-batches, then step(): no fixed count.
             "managed_gradient_accumulation": False,
             "bf16": {"enabled": model.dtype == "bfloat16"},
+            "data_types": {"grad_accum_dtype": "fp32"},  # bfloat16 would round once per micro-batch
             "gradient_clipping": config.grad_clip,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

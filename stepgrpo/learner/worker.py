@@ -120,7 +120,7 @@ class LearnerWorker:
         """
         assert plan.advantages.keys() == groups.keys(), "the plan's draws and the groups' differ"
         draws = sorted(plan.draws(self._rank))
-        fetched = await asyncio.gather(*(_value(groups[d]) for d in draws))
+        fetched = await asyncio.gather(*(groups[d] for d in draws))
         return await self._run(self._update, plan, dict(zip(draws, fetched, strict=True)))
 
     def _update(self, plan: Plan, groups: Mapping[int, Group]) -> list[dict[str, float]]:
@@ -211,7 +211,3 @@ class LearnerWorker:
 
     async def _run(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
-
-
-async def _value(ref: Awaitable[T]) -> T:
-    return await ref

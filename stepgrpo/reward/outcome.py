@@ -17,8 +17,7 @@ import resource
 import signal
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
@@ -53,7 +52,7 @@ class Grader(Protocol):
         """One outcome per response, in order. Never raises for what a response or a truth holds."""
 
     def close(self) -> None:
-        """Ends its processes. Gradings still open are cancelled."""
+        """Ends its processes. Gradings still open raise RuntimeError."""
 
 
 def extract_answer(response: str, think_close: str = "</think>") -> str | None:
@@ -117,7 +116,6 @@ class MathGrader:
         self._processes, self._timeout, self._memory_mb, self._think_close = processes, timeout, memory_mb, think_close
         self._lock = threading.Lock()
         self._pool = self._make_pool()
-        self._open: set[Future[bool | None]] = set()
         self._closed = False
 
     async def grade(self, responses: Sequence[str], truth: str) -> list[Outcome]:
@@ -130,8 +128,6 @@ class MathGrader:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        for future in tuple(self._open):
-            future.cancel()
         self._pool.stop()
         self._pool.join()
 
@@ -144,9 +140,11 @@ class MathGrader:
             equal = await self._ask(answer, truth)
         except ProcessExpired as e:
             reason = {-signal.SIGALRM: "timeout", _OUT_OF_MEMORY: "memory"}.get(e.exitcode, "crash")
-        except FutureTimeoutError:
+        except TimeoutError:
             reason = "timeout"
         except Exception:
+            if self._closed:
+                raise
             reason = "crash"
         else:
             return Outcome(bool(equal), True, answer, "truth" if equal is None else None)
@@ -156,24 +154,31 @@ class MathGrader:
         try:
             return await self._schedule(answer, truth)
         except RuntimeError:
-            # A process that dies while idle breaks the whole pool and with it every open question: ask a new one.
+            # A process that dies while idle breaks the whole pool, and with it every open question: ask a new one.
             return await self._schedule(answer, truth)
 
     async def _schedule(self, answer: str, truth: str) -> bool | None:
+        pool = self._working_pool()
+        # The alarm inside the process rings first. Pebble's own limit sends SIGTERM, which a process deep in C never
+        # sees, and its pool stands still for the seconds it waits before it kills.
+        task = pool.schedule(_equal, args=(answer, truth, self._timeout), timeout=self._timeout + 2)
+        future: asyncio.Future[bool | None] = asyncio.wrap_future(task)
+        try:
+            while not (await asyncio.wait([future], timeout=1))[0]:
+                if not pool.active:  # a task that came while the pool broke or closed is never answered
+                    raise RuntimeError("the pool of grading processes ended")
+            return future.result()
+        finally:
+            future.cancel()
+
+    def _working_pool(self) -> ProcessPool:
         with self._lock:
             if self._closed:
-                raise asyncio.CancelledError("the grader is closed")
+                raise RuntimeError("this grader is closed")
             if not self._pool.active:
                 threading.Thread(target=self._pool.join, daemon=True).start()
                 self._pool = self._make_pool()
-            # The alarm inside the process acts first. Pebble's own limit asks politely before it kills, and its pool
-            # stands still meanwhile.
-            future: Future[bool | None] = self._pool.schedule(
-                _equal, args=(answer, truth, self._timeout), timeout=self._timeout + 2
-            )
-        self._open.add(future)
-        future.add_done_callback(self._open.discard)
-        return await asyncio.wrap_future(future)
+            return self._pool
 
     def _make_pool(self) -> ProcessPool:
         return ProcessPool(
@@ -214,12 +219,8 @@ _OUT_OF_MEMORY = 77
 def _start_process(memory_mb: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # warns that its own timeouts are off
-    import math_verify
+    import math_verify  # noqa: F401  (here, before the first alarm is set)
 
-    # math-verify takes any exception for "not equal", a MemoryError too, and a bomb would be a silent zero. Its handlers
-    # look `Exception` up in their own module first: there it is made to mean everything but MemoryError.
-    for module in (math_verify.parser, math_verify.grader):
-        module.Exception = tuple(e for e in Exception.__subclasses__() if e is not MemoryError)
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
 
 
@@ -232,9 +233,12 @@ def _equal(answer: str, truth: str, timeout: float) -> bool | None:
         expected = _parse(truth)
         if verify(expected, _parse(answer), timeout_seconds=None):
             return True
+        # math-verify takes any exception for "not equal", a MemoryError too: a "no" close to the limit is none.
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > resource.getrlimit(resource.RLIMIT_AS)[0] / 2:
+            raise MemoryError
         return False if any(not isinstance(e, str) for e in expected) else None
     except MemoryError:
-        os._exit(_OUT_OF_MEMORY)  # not merely a verdict: what ate the memory may sit in sympy's caches
+        os._exit(_OUT_OF_MEMORY)  # rather than go on: what ate the memory may live on in sympy's caches
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 

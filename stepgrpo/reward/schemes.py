@@ -53,7 +53,8 @@ def step_aware(
     correct, formatted, k = np.asarray(correct, bool), np.asarray(formatted, bool), np.asarray(num_steps, np.float64)
     if not (correct.shape == formatted.shape == k.shape and k.ndim == 1 and np.all(k >= 1)):
         raise ValueError(
-            f"num_steps: got {num_steps!r}, takes one number of steps from 1 up for each of {correct.shape}"
+            f"got correct {correct.shape}, formatted {formatted.shape} and num_steps {k}: "
+            "takes one of each per response, and at least one step"
         )
     yardstick = k[correct] if baseline == "correct" else k
     bracket = np.ones_like(k)

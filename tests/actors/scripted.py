@@ -98,6 +98,7 @@ class ScriptedEngine:
     def __init__(self, script: Script, *, chunk_size: int = 1, pace: Pace = at_once) -> None:
         self.script, self.chunk_size, self.pace = script, chunk_size, pace
         self.requests: list[Request] = []
+        self._streams: list[AsyncGenerator[Chunk, None]] = []  # held, so that only who reads a stream can close it
 
     @property
     def probes(self) -> list[Request]:
@@ -107,7 +108,11 @@ class ScriptedEngine:
     def others(self) -> list[Request]:
         return [r for r in self.requests if not r.is_probe]
 
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        self._streams.append(self._generate(prompt, sampling))
+        return self._streams[-1]
+
+    async def _generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
         request = Request(tuple(prompt), sampling)
         self.requests.append(request)
         try:

@@ -60,6 +60,11 @@ def response(trajectory):
     return WORDS.decode(trajectory.token_ids[trajectory.prompt_len :].tolist())
 
 
+async def turns(num):
+    for _ in range(num):
+        await asyncio.sleep(0)
+
+
 def probe_facts(trajectory):
     return [(p.trigger, p.position, p.verdict) for p in trajectory.probes]
 
@@ -153,10 +158,8 @@ async def test_a_thinking_that_ended_waits_for_its_earlier_probes(thinking):
 
     engine = ScriptedEngine(script(thinking, {1: ("{ 4 }", SURE)}), pace=pace)
     task = asyncio.create_task(rollout(engine, think_ratio=0.5).trajectory(PROMPT, 0))
-    while not engine.others or engine.others[0].state == "open":
-        await asyncio.sleep(0)
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await turns(200)
+    assert engine.others[0].state != "open"
     assert not task.done()
     ended.set()
     t = await task
@@ -164,11 +167,14 @@ async def test_a_thinking_that_ended_waits_for_its_earlier_probes(thinking):
 
 
 async def test_probes_that_are_open_at_a_decision_are_aborted_and_so_is_thinking():
+    both_open = asyncio.Event()
+
     async def pace(request):
         if request.is_probe and asked_at(request) == 3:
+            both_open.set()
             await asyncio.Event().wait()
-        while not request.is_probe and len(request.sent) == 5 and not (engine.probes and engine.probes[0].sent):
-            await asyncio.sleep(0)
+        elif request.is_probe:
+            await both_open.wait()
         await asyncio.sleep(0)
 
     engine = ScriptedEngine(script("4 Wait 5 Wait 6 " * 8, {1: ("{ 4 }", SURE)}), pace=pace)
@@ -176,8 +182,8 @@ async def test_probes_that_are_open_at_a_decision_are_aborted_and_so_is_thinking
     thinking, answer = engine.others
     assert (thinking.state, answer.state) == ("aborted", "finished")
     assert [(asked_at(p), p.state) for p in engine.probes][:2] == [(1, "finished"), (3, "aborted")]
-    assert t.discarded_tokens == len(thinking.sent) - 1
-    assert t.probe_tokens == sum(len(p.sent) for p in engine.probes)
+    assert t.probe_tokens == len(engine.probes[0].sent), "the probe that decided"
+    assert t.discarded_tokens == len(thinking.sent) - 1 + sum(len(p.sent) for p in engine.probes[1:])
 
 
 # ---- budgets
@@ -260,6 +266,12 @@ async def test_each_trigger_is_probed_or_not_by_its_index_and_the_seed():
         assert [p.trigger for p in t.probes] == [k for k in range(12) if is_probed(0, 0, sample, k, 0.5)]
 
 
+async def test_a_trigger_that_is_the_last_token_is_probed_too():
+    engine = ScriptedEngine(script("4 5 Wait", {2: ("{ 9 }", SURE)}))
+    t = await rollout(engine, max_response_tokens=3).trajectory(PROMPT, 0)
+    assert (t.exit, t.complete, response(t)) == (Exit.CONFIDENT, False, "4 5 </think>")
+
+
 async def test_at_most_max_probes_triggers_are_probed_the_first_ones():
     engine = ScriptedEngine(script("4 " + "Wait 5 " * 12 + "</think> <eos>"))
     t = await rollout(engine, max_probes=3).trajectory(PROMPT, 0)
@@ -336,6 +348,14 @@ async def test_a_hopeless_probe_stops_at_the_token_that_makes_it_so(chunk_size):
     assert t.probes[0].verdict is Verdict.DECLINED
     assert len(engine.probes[0].sent) < 5 + chunk_size
     assert engine.probes[0].state == "aborted"
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+async def test_an_answer_decoded_to_its_end_has_its_confidence_though_it_was_lost_at_the_last_token(chunk_size):
+    engine = ScriptedEngine(script(NATURAL, {1: ("{ 4 5", [SURE, -0.05, -0.06])}), chunk_size=chunk_size)
+    t = await rollout(engine, max_tokens=3).trajectory(PROMPT, 0)
+    assert t.probes[0].verdict is Verdict.DECLINED
+    assert t.probes[0].confidence == pytest.approx(math.exp(-0.055))
 
 
 async def test_a_stop_text_in_several_tokens_or_inside_one_ends_a_probe():
@@ -457,9 +477,8 @@ def test_a_policy_without_probing_is_refused():
 async def test_plain_decoding_is_one_request_with_the_evaluations_sampling():
     engine = ScriptedEngine(script(NATURAL, {1: ("{ 4 }", SURE)}))
     plain = EvalConfig(temperature=0.6, top_p=0.95, max_response_tokens=100)
-    group = await rollout(engine, think_ratio=0.01, max_response_tokens=200, repetition_limit=2).group(
-        PROMPT, 3, plain=plain
-    )
+    sampler = rollout(engine, think_ratio=0.01, max_response_tokens=200, repetition_limit=2, control_fraction=1.0)
+    group = await sampler.group(PROMPT, 3, plain=plain)
     assert [response(t) for t in group.trajectories] == [NATURAL] * 3
     assert all((t.exit, t.probes, t.control) == (Exit.NATURAL, (), False) for t in group.trajectories)
     assert len(engine.requests) == 3
@@ -553,8 +572,8 @@ async def test_cancelling_a_group_closes_all_its_requests():
 
     engine = ScriptedEngine(script("4 Wait 5 Wait 6 " * 200), pace=pace)
     task = asyncio.create_task(rollout(engine, max_response_tokens=900).group(PROMPT, 4))
-    while len(engine.probes) < 8:
-        await asyncio.sleep(0)
+    await turns(50)
+    assert len(engine.probes) > 8
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -620,7 +639,7 @@ def word_case():
     def ids(text):
         return WORDS.encode(text)
 
-    weights = {"Wait": 8, "Waiting": 2, "4": 16, "so": 2, CLOSE: 0.6, "<eos>": 0.3}
+    weights = {"Wait": 8, "Waiting": 2, "4": 16, "so": 2, CLOSE: 0.4, "<eos>": 0.3}
     answers = [ids(a) for a in ("{ 4 }", "{ 4 5 }", "{ 4 5 6 7 8 9", "}", "<eos>")]
     tokens = [ids(w)[0] for w in weights]
     config = {"inducer": INDUCER, "stop": ["}"], "closing": CLOSE, "require_close": False, "max_tokens": 6}
@@ -663,7 +682,7 @@ async def test_results_do_not_depend_on_chunk_sizes_or_on_the_order_of_arrival(c
         repetition_limit=2,
     )
     exits = set()
-    for draw in range(12):
+    for draw in range(16):
         prompt = prompt_of(tokens[:3], draw)
         results = []
         for chunk_size in CHUNK_SIZES:

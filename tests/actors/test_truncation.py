@@ -174,6 +174,10 @@ def test_a_different_step_resets_the_count_of_equal_ones():
         assert follow(WORDS, ids, size, repetition_limit=2)[0].forced == (Exit.REPETITION, 5)
 
 
+def test_a_response_that_begins_with_a_trigger_has_not_repeated_anything():
+    assert follow(WORDS, WORDS.encode("Wait 5 Wait 6 Wait 7"), 3, repetition_limit=2)[0].forced is None
+
+
 def test_equal_steps_go_on_where_repetition_is_off():
     assert follow(WORDS, WORDS.encode("4" + " Wait 5" * 9), 3)[0].forced is None
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stepgrpo.learner.batch import Row, collate, loss_mask, make_plan, pair_sample, partition, sample_of
+from stepgrpo.learner.batch import Row, collate, make_plan, pair_sample, partition, sample_of
 from stepgrpo.types import Exit, GradedGroup, Trajectory, TrajectoryFacts, VersionSpan
 
 
@@ -199,11 +199,3 @@ def test_a_batch_smaller_than_the_number_of_updates_gets_fewer_updates():
 def test_a_sequence_over_the_budget_is_refused_with_the_field_to_raise():
     with pytest.raises(ValueError, match=r"learner\.micro_batch_tokens: got 10, takes .* \(11 tokens\)"):
         partition([3, 11], num_ranks=1, budget_tokens=10, packed=True)
-
-
-def test_the_mask_and_the_drivers_count_of_loss_tokens_agree():
-    from stepgrpo.reward.graded import num_loss_tokens
-
-    for exit_ in Exit:
-        for train in (False, True):
-            assert loss_mask(trajectory(exit_), train).sum() == num_loss_tokens(trajectory(exit_), train)

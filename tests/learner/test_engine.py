@@ -24,6 +24,7 @@ from stepgrpo.learner.engine import LearnerEngine, LogProbHead, join, learning_r
 from stepgrpo.learner.loss import nll_loss, policy_loss
 from stepgrpo.weights import Piece
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # DeepSpeed's calls of torch.distributed
 VOCAB = 40
 
 
@@ -354,7 +355,7 @@ def test_one_and_two_ranks_report_the_same_and_reach_the_same_weights(
     expected, got = whole(pieces), whole(first_pieces + second_pieces)
     assert expected.keys() == got.keys()
     for name, data in expected.items():
-        np.testing.assert_allclose(floats(got[name]), floats(data), atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(floats(got[name]), floats(data), atol=5e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,6 +2,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from stepgrpo.learner.worker import LearnerWorker
 from stepgrpo.types import Exit, GradedGroup, Group, Prompt, Trajectory, VersionSpan
 from stepgrpo.weights import Manifest, assemble, layout
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # DeepSpeed's calls of torch.distributed
 T = TypeVar("T")
 VOCAB = 40
 
@@ -162,6 +164,17 @@ async def test_ingesting_a_group_yields_what_rewards_and_plans_read(model_dir: s
     await worker.close()
 
 
+async def test_grading_goes_on_while_the_engine_is_busy(model_dir: str):
+    worker = LearnerWorker(0, 1, **arguments(model_dir, config_of()))
+    update_may_end = threading.Event()
+    update = asyncio.create_task(worker._run(update_may_end.wait, 60))
+    graded = await worker.ingest([ready(make_group(7))])
+    assert graded.draw == 7 and not update.done()
+    update_may_end.set()
+    assert await update
+    await worker.close()
+
+
 async def test_old_log_probabilities_are_those_before_the_first_of_several_updates(model_dir: str):
     groups = [make_group(d) for d in range(4)]
     worker = await one_rank(model_dir, config_of())
@@ -257,7 +270,7 @@ async def test_two_actors_train_publish_and_save_as_one_does(model_dir: str, loc
         got_weights = whole([(m, ray.get(list(buckets))) for m, buckets in published])
         assert got_weights.keys() == expected_weights.keys()
         for name, want in expected_weights.items():
-            np.testing.assert_allclose(got_weights[name], want, atol=5e-5, err_msg=name)
+            np.testing.assert_allclose(got_weights[name], want, atol=5e-6, err_msg=name)
         await asyncio.gather(*(a.save.remote(str(tmp_path / "model")) for a in actors))
         for name, p in AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters():
             np.testing.assert_array_equal(p.detach().numpy().ravel(), got_weights[name])
