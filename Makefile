@@ -25,8 +25,8 @@ lint: $(READY)  ## ruff, types, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-docs: $(READY)  ## regenerate docs/configuration.md
-	@$(BIN)/python docs/make_configuration.py
+docs: $(READY)  ## regenerate the reference pages in docs/
+	@$(BIN)/python docs/make_reference.py
 
 bench: $(READY)  ## every measurement of bench/, one after the other
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -44,7 +44,10 @@ def train(
         if dry_run:
             from stepgrpo.dryrun import explain, render
 
-            display.console.print(render(explain(settings, gpu_memory)))
+            plan = explain(settings, gpu_memory)
+            display.console.print(render(plan))
+            if plan.faults:
+                raise SystemExit(1)
             return
         from stepgrpo import run
 
@@ -112,14 +115,20 @@ def _guard(job: Callable[[Display], None]) -> None:
         _stop(display, str(e), 2)
     except Exception as e:
         from stepgrpo.data import DataError
-        from stepgrpo.train import TrainError, root_cause
+        from stepgrpo.train import TrainError, one_line, root_cause
 
         first = root_cause(e)
         if isinstance(first, ConfigError | DataError):
             _stop(display, str(first), 2)
         if isinstance(first, TrainError | TimeoutError):
-            _stop(display, str(first), 1)
+            _stop(display, "\n".join([str(first), *_notes(e)]), 1)
+        if first is not e:  # raised in an actor: the traceback lies in the run directory, and does not fit a screen
+            _stop(display, "\n".join([one_line(e), *_notes(e)]), 1)
         raise
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
 
 
 def _stop(display: Display, message: str, code: int) -> NoReturn:

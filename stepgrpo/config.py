@@ -48,6 +48,8 @@ class DataConfig(Section):
     """Training problems."""
     eval: str | None = None
     """Held-out problems for evaluation; none skips evaluation."""
+    subset: str | None = None
+    """Subset of a hub data set; null: its default."""
     split: str = "train"
     """Split of a hub data set."""
     question_field: str = "problem"
@@ -325,6 +327,11 @@ class Config(Section):
                 f"engine.max_num_seqs: got {eng.max_num_seqs}, "
                 f"takes at least one group (rollout.group_size is {self.rollout.group_size})"
             )
+        if lrn.importance_cap is not None and self.rollout.top_p < 1:
+            raise ValueError(
+                f"rollout.top_p: got {self.rollout.top_p}, takes 1 unless learner.importance_cap is null: the engine's "
+                "log-probabilities are of the tokens top_p keeps, the learner's of all"
+            )
         if cl.device == "cpu":
             if eng.kv_cache_mb is None:
                 raise ValueError("engine.kv_cache_mb: got null, takes a number of MB where cluster.device is cpu")
@@ -435,6 +442,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: got {type(tree).__name__}, takes a mapping of sections")
     base = tree.pop("base", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base: got {base!r}, takes the name of a file beside this one")
     return tree if base is None else _overlay(_read(path.parent / base, (*seen, path)), tree)
 
 

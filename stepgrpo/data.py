@@ -59,7 +59,7 @@ def load_problems(source: str, config: DataConfig, tokenizer: Tokenizer, respons
         DataError: the source cannot be read, nothing is left, or a line is bad and `data.on_bad_line` is `fail`.
     """
     items, skipped = [], []
-    for key, row in _rows(source, config.split):
+    for key, row in _rows(source, config):
         try:
             if isinstance(row, DataError):
                 raise row
@@ -110,7 +110,7 @@ def _field(key: str, row: Any, dotted: str) -> Any:
     return value
 
 
-def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def _rows(source: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
     """(key, row); a line that is no row at all comes as its DataError."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
@@ -120,7 +120,7 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     elif path.exists():
         raise DataError(f"{source}: takes a .jsonl or .parquet file, or the name of a data set on the hub")
     else:
-        yield from _hub(source, split)
+        yield from _hub(source, config)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -151,11 +151,11 @@ def _table(source: str, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path.name}:{number}", row
 
 
-def _hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def _hub(source: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source, split=split)
+        rows = datasets.load_dataset(source, config.subset, split=config.split)
     except Exception as e:  # the hub client raises many kinds; each means the set is not at hand
         reason = " ".join(str(e).split())[:200]
         raise DataError(

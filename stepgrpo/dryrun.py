@@ -268,7 +268,7 @@ def _learner_memory(config: Config, shape: ModelShape, width: int) -> tuple[Memo
     own, offload = n / lrn.num_ranks, lrn.offload_optimizer and config.cluster.device == "cuda"
     always = [
         Part("weights", width * own, config.model.dtype),
-        Part("gradients", width * own, config.model.dtype),
+        Part("gradients", 4 * own, "float32"),
         Part("optimizer", 0 if offload else 12 * own, "float32 weights and Adam's two moments"),
         Part("reference", width * own if lrn.kl_coef else 0, "the KL term's frozen model"),
         Part("gradient bucket", min(n, REDUCE_BUCKET) * width, "on the way to their ranks"),

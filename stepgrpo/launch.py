@@ -43,15 +43,17 @@ class Bundle:
 def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]:
     """A connection to a Ray cluster that can hold ``bundles``; a local Ray of our own ends with it.
 
+    A local Ray's private directory is removed, unless something failed: then the error's notes say where the logs are.
+
     Raises:
         ConfigError: a directory, port or address cannot be used, or the cluster is too small.
     """
     import ray
 
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's own warning that a later version will change how it hides GPUs; it needs no user.
+    # Silences a warning about how a later Ray will hide GPUs from actors that ask for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     private: str | None = None
     if address:
@@ -65,9 +67,9 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
             ) from None
     else:
         _check_port(cluster.dashboard_port)
-        temp_dir = cluster.temp_dir
-        if temp_dir is None:
-            temp_dir = private = tempfile.mkdtemp(prefix="sg", dir="/tmp")
+        if cluster.temp_dir is None:
+            private = tempfile.mkdtemp(prefix="sg", dir="/tmp")
+        temp_dir = private or str(cluster.temp_dir)
         _check_temp_dir(temp_dir)
         store = cluster.object_store_mb
         ray.init(
@@ -80,6 +82,13 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
     try:
         check_resources(ray.cluster_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]], bundles)
         yield
+    except ConfigError:
+        raise
+    except Exception as e:
+        if private:
+            e.add_note(f"the logs of all processes: {private}/session_latest/logs")
+            private = None
+        raise
     finally:
         ray.shutdown()
         if private:

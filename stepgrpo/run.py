@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -81,6 +82,9 @@ async def _train(
         summary |= _results(results)
     except asyncio.CancelledError:
         summary["status"] = "interrupted"
+        raise
+    except Exception:
+        (config.run_dir / "error.txt").write_text(traceback.format_exc())
         raise
     finally:
         summary["updates"] = loop.update if loop else 0

@@ -169,9 +169,9 @@ class Loop:
                 if self.failures >= self.config.train.max_failures:
                     raise TrainError(
                         f"{self.failures} rollouts failed in a row (train.max_failures); the last, "
-                        f"draw {draw} ({prompt.key}): {_one_line(e)}"
+                        f"draw {draw} ({prompt.key}): {one_line(e)}"
                     ) from e
-                self.display.print(f"[yellow]draw {draw} ({prompt.key}) failed and is sampled again:[/] {_one_line(e)}")
+                self.display.print(f"[yellow]draw {draw} ({prompt.key}) failed and is sampled again:[/] {one_line(e)}")
             else:
                 self.failures = 0
                 return Settled(graded, group_ref, report)
@@ -400,10 +400,11 @@ def root_cause(error: BaseException) -> BaseException:
             return error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Kind and first line of the first cause."""
     first = root_cause(error)
-    lines = str(first).strip().splitlines()
-    return f"{type(first).__name__}: {lines[-1] if lines else ''}"
+    text = str(first).strip().splitlines()
+    return f"{type(first).__name__}: {text[0] if text else 'no message'}"
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -13,9 +13,7 @@ def drive(seed, *, num_batches, size, staleness, refill_limit, filtered_share, l
     Returns the closed batches, the draws admitted, and for each draw the version it started under.
     """
     rng = random.Random(seed)
-    ledger = Ledger(
-        num_batches=num_batches, prompts_per_batch=size, max_staleness=staleness, refill_limit=refill_limit
-    )
+    ledger = Ledger(num_batches=num_batches, prompts_per_batch=size, max_staleness=staleness, refill_limit=refill_limit)
     version, flying, started, batches = 0, [], {}, []
     while len(batches) < num_batches:
         while ledger.may_admit(version):

@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
-def test_the_committed_configuration_page_is_the_generated_one() -> None:
-    page = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["page"]
-    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page(), "run `make docs`"
+@pytest.mark.parametrize("page", ["configuration", "metrics"])
+def test_the_committed_reference_page_is_the_generated_one(page: str) -> None:
+    generated = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))[page]()
+    assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == generated, "run `make docs`"
 
 
 def test_the_configuration_page_names_every_setting() -> None:

@@ -140,7 +140,8 @@ def test_memory_of_a_learner_rank_follows_zero_3() -> None:
     p = explain(config("8b"))
     own = 8_190_735_360 / 4
     parts = {x.name: x.bytes for x in p.learner.always}
-    assert parts["weights"] == parts["gradients"] == parts["reference"] == 2 * own
+    assert parts["weights"] == parts["reference"] == 2 * own
+    assert parts["gradients"] == 4 * own, "summed in float32 over micro-batches"
     assert parts["optimizer"] == 12 * own
 
 

@@ -65,5 +65,7 @@ def test_compression_of_different_problems_is_refused():
 
 
 def test_failures_and_cut_off_answers_are_counted():
-    e = evaluation(groups_of([[facts(complete=False, error="timeout", correct=False)], [facts()]]), version=3, seconds=1)
+    e = evaluation(
+        groups_of([[facts(complete=False, error="timeout", correct=False)], [facts()]]), version=3, seconds=1
+    )
     assert (e.incomplete, e.grader_failures, e.version, e.problems) == (0.5, 1, 3, 2)

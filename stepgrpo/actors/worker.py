@@ -114,4 +114,4 @@ def _fetch(weights: WeightVersion, rank: int, bucket: int) -> Any:
 
 def env_vars(device: str) -> dict[str, str]:
     """Environment of the actor's process."""
-    return dict(CPU_ENV) if device == "cpu" else {}
+    return CPU_ENV if device == "cpu" else {"VLLM_NO_USAGE_STATS": "1"}

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the settings and their docstrings in stepgrpo/config.py."""
+"""Write docs/configuration.md and docs/metrics.md from the docstrings and names in the code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stepgrpo.config import Config, SftConfig
-
-PAGE = Path(__file__).with_name("configuration.md")
+from stepgrpo.metrics import METRICS
 
 INTRODUCTION = """\
 # Configuration
@@ -36,8 +35,42 @@ and `stepgrpo train CONFIG --dry-run` shows what they mean for placement and mem
 """
 
 
-def page() -> str:
-    """The whole page."""
+METRICS_INTRODUCTION = """\
+# Metrics
+
+*Written by `make docs` from `METRICS` in `stepgrpo/metrics.py`; change it there.*
+
+`metrics.jsonl` in the run directory gets one JSON line per optimizer update; Weights & Biases gets the same names
+(`train.wandb=offline` needs no network, `wandb sync` uploads later). A quantity that does not exist in an update, such
+as the accuracy of control samples where there are none, is `null`. What is measured per rollout batch (times, bytes)
+stands on the batch's last update only, so columns can be added up.
+
+Everything but `time/`, `rate/` and `discarded/` is the same in two runs with one seed, where `train.max_staleness` is 0
+and the arithmetic is float32 on CPU.
+
+Training figures are those of the *sampled* trajectories, which the probe cuts and the exploration lengthens: what the
+policy does when it decodes plainly stands in `evaluations.jsonl` and `summary.json`.
+
+Worth watching:
+
+- `closing/logprob`, the log-probability of the forced closing: the clearest curve of how far stopping is learnt.
+- `rollout/tokens_per_step` rises when the policy stops *saying* the trigger word without getting shorter.
+- `accuracy/control` against `accuracy/treated` is what a confident exit costs (`rollout.control_fraction` above 0).
+  Exited against natural trajectories tells nothing: they select themselves.
+- `mismatch/max` is how far vLLM and the learner disagree about the same tokens and weights: about 1e-5 in float32.
+- `staleness/max` never exceeds `train.max_staleness`.
+- `time/wait` near 0 means the learner is the bottleneck; near `time/batch`, generation is.
+"""
+
+
+def metrics() -> str:
+    """The page of metrics."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in METRICS.items()]
+    return METRICS_INTRODUCTION + "\n" + "\n".join(["| name | meaning |", "|---|---|", *rows]) + "\n"
+
+
+def configuration() -> str:
+    """The page of settings."""
     shared = Config.model_fields
     own = [name for name in SftConfig.model_fields if name not in shared]
     parts = [INTRODUCTION, "## A training run", *_section(Config)]
@@ -91,5 +124,7 @@ def _takes(shape: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.name}")
+    for page in (configuration, metrics):
+        path = Path(__file__).with_name(f"{page.__name__}.md")
+        path.write_text(page(), encoding="utf-8")
+        print(f"wrote {path.name}")

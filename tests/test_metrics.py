@@ -1,0 +1,103 @@
+"""Metrics of a batch by hand, and the file they are written to."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tests.test_evaluate import facts
+
+from stepgrpo.metrics import METRICS, RunLog, of_groups
+from stepgrpo.types import Exit, GradedGroup, Verdict
+
+NAN = float("nan")
+
+
+def batch():
+    a = (
+        facts(
+            tokens=10,
+            steps=1,
+            exit=Exit.CONFIDENT,
+            probe_confidences=(0.5, 0.99),
+            probe_verdicts=(Verdict.DECLINED, Verdict.CONFIDENT),
+            probe_tokens=6,
+            discarded_tokens=7,
+            oldest_version=3,
+        ),
+        facts(tokens=40, steps=4, control=True, oldest_version=4),
+    )
+    b = (
+        facts(correct=False, tokens=20, steps=2, exit=Exit.EOS, complete=False, error="timeout", oldest_version=4),
+        facts(
+            tokens=30,
+            steps=3,
+            probe_confidences=(NAN, NAN),
+            probe_verdicts=(Verdict.STALE, Verdict.UNUSED),
+            probe_tokens=2,
+            oldest_version=2,
+        ),
+    )
+    return [GradedGroup(7, "p:1", a), GradedGroup(9, "p:2", b)]
+
+
+def test_every_figure_of_a_small_batch_is_what_one_computes_by_hand():
+    m = of_groups(batch(), [np.array([1.3, 0.7]), np.array([0.1, 1.0])], version=4, alpha=0.9)
+    expected = {
+        "reward/mean": 0.775,
+        "reward/accuracy": 0.75,
+        "reward/format": 1.0,
+        "reward/signal": 1.0,
+        "reward/grader_failures": 1,
+        "reward/step_factor": (1.2 + 0.6 + 0.9) / 2.7,
+        "accuracy/exited": 1.0,
+        "accuracy/natural": 1.0,
+        "accuracy/control": 1.0,
+        "accuracy/treated": 2 / 3,
+        "rollout/steps": 2.5,
+        "rollout/tokens": 25,
+        "rollout/tokens_per_step": 10,
+        "rollout/tokens_max": 40,
+        "rollout/incomplete": 0.25,
+        "rollout/tokens_saved": 40 - (16 + 20 + 32) / 3,
+        "exit/confident": 0.25,
+        "exit/natural": 0.5,
+        "exit/eos": 0.25,
+        "exit/budget": 0.0,
+        "probe/per_trajectory": 0.75,
+        "probe/tokens": 2.0,
+        "probe/confident": 1 / 3,
+        "probe/stale": 1 / 3,
+        "probe/confidence_p50": 0.745,
+        "staleness/mean": 0.75,
+        "staleness/max": 2,
+        "discarded/tokens": 7,
+    }
+    assert {k: m[k] for k in expected} == pytest.approx(expected)
+    assert set(m) <= set(METRICS)
+
+
+def test_what_does_not_exist_in_a_batch_is_nan_and_null_in_the_file(tmp_path):
+    groups = [GradedGroup(0, "p:1", (facts(), facts(correct=False)))]
+    m = of_groups(groups, [np.array([1.0, 0.1])], version=0, alpha=0.9)
+    assert math.isnan(m["accuracy/control"])
+    assert math.isnan(m["rollout/tokens_saved"])
+    with RunLog(tmp_path) as log:
+        log.write({"update": 1, **m})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["accuracy/control"] is None
+    assert line["reward/accuracy"] == 0.5
+
+
+def test_a_metric_nobody_described_is_refused(tmp_path):
+    with RunLog(tmp_path) as log, pytest.raises(AssertionError, match="without a description"):
+        log.write({"update": 1, "reward/vibes": 1.0})
+
+
+def test_weights_and_biases_offline_writes_a_run_without_a_network(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with RunLog(tmp_path, wandb_mode="offline", config={"seed": 1}) as log:
+        log.write({"update": 1, "reward/mean": 0.5})
+        log.evaluation({"accuracy": 0.7}, 1)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert "wandb" not in capfd.readouterr().out
