@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 QUIET_SECONDS = 10.0
 
@@ -28,11 +30,11 @@ class Phase:
         """Update the line: free text, and a bar where ``total`` is known."""
         d = self._display
         if d.live:
-            d.progress.update(d.task, description=self._title, completed=done, total=total, text=text)
+            d.progress.update(d.task, completed=done, total=total)
+            d.detail.plain = f"  {text}"
         elif time.monotonic() - self._printed >= QUIET_SECONDS:
             self._printed = time.monotonic()
-            count = f"{done}/{total}  " if total else ""
-            d.print(f"  {self._title}: {count}{text}")
+            d.print(f"  {done}/{total}  {text}" if total else f"  {text}")
 
 
 class Display:
@@ -41,17 +43,17 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self.live = self.console.is_terminal
+        self.detail = Text(style="dim")
         self.seconds: dict[str, float] = {}
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
             TimeElapsedColumn(),
             console=self.console,
-            transient=True,
+            auto_refresh=False,
         )
-        self.task = self.progress.add_task("", total=None, text="", visible=False)
+        self.task = self.progress.add_task("", total=None)
 
     def print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
@@ -61,18 +63,19 @@ class Display:
         """Time a phase. Its closing line is printed only if it ended well: an error speaks for itself."""
         start = time.monotonic()
         phase = Phase(self, title)
-        if self.live:
-            self.progress.reset(self.task, total=None, visible=True, description=title, text="")
-            self.progress.start()
-        else:
-            self.print(f"… {title}")
         try:
-            yield phase
+            if self.live:
+                self.detail.plain = ""
+                self.progress.reset(self.task, total=None, description=title)
+                with Live(
+                    Group(self.progress, self.detail), console=self.console, transient=True, refresh_per_second=8
+                ):
+                    yield phase
+            else:
+                self.print(f"… {title}")
+                yield phase
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-            if self.live:
-                self.progress.stop()
-                self.progress.update(self.task, visible=False)
         took = clock(time.monotonic() - start)
         self.print(f"[green]✓[/] {title}{'  ' + phase.result if phase.result else ''}  [dim]{took}[/]")
 

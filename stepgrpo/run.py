@@ -8,20 +8,23 @@ import json
 import os
 import signal
 import traceback
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stepgrpo import launch
+from stepgrpo.actors.rollout import Rollout
+from stepgrpo.actors.truncation import Preset
 from stepgrpo.config import Config, ConfigError, LearnerConfig, ModelConfig, SftConfig
 from stepgrpo.console import Display
 from stepgrpo.data import Problems, PromptStream, Tokenizer, in_order, load_problems
 from stepgrpo.evaluate import Evaluation, compression, decode, evaluation
-from stepgrpo.hub import checkpoint_files
+from stepgrpo.hub import checkpoint_files, eos_ids
 from stepgrpo.launch import Bundle
 from stepgrpo.metrics import RunLog
+from stepgrpo.tokens import Codec
 from stepgrpo.train import Loop, Seat
 
 SAVE_SECONDS_WHEN_INTERRUPTED = 5.0
@@ -38,18 +41,19 @@ def train(config: Config, display: Display) -> dict[str, Any]:
     with display.phase("prepare", "reading model and data") as phase:
         claim_directory(config.run_dir)
         tokenizer = load_tokenizer(config.model.path)
+        check_rollout(config)
         train_set = load_problems(config.data.train, config.data, tokenizer)
         held_out = load_problems(config.data.eval, config.data, tokenizer) if config.data.eval else Problems((), ())
         phase.result = f"{len(train_set.items):,} training and {len(held_out.items):,} held-out problems"
         note_skipped(display, train_set, held_out)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    save_json(config.run_dir / "config.json", config.model_dump())
     stream, eval_prompts = PromptStream(train_set.items, config.seed), in_order(held_out.items)
 
     bundles = [*rollout_bundles(config), *learner_bundles(config)]
     with contextlib.ExitStack() as stack:
         with display.phase("ray", "starting Ray"):
             stack.enter_context(launch.session(config.cluster, bundles))
+        # Not before: what is refused up to here leaves an empty directory, which the next attempt may take.
+        save_json(config.run_dir / "config.json", config.model_dump())
         return asyncio.run(_train(config, display, stream, eval_prompts, bundles))
 
 
@@ -113,7 +117,9 @@ def evaluate(config: Config, display: Display) -> Evaluation:
     if config.data.eval is None:
         raise ConfigError("data.eval: got null, takes the held-out problems to evaluate on")
     with display.phase("prepare", "reading model and data") as phase:
-        problems = load_problems(config.data.eval, config.data, load_tokenizer(config.model.path))
+        tokenizer = load_tokenizer(config.model.path)
+        check_rollout(config)
+        problems = load_problems(config.data.eval, config.data, tokenizer)
         note_skipped(display, problems)
         prompts = in_order(problems.items)[: config.eval.num_prompts]
         phase.result = f"{len(prompts):,} problems"
@@ -291,13 +297,45 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
+def check_rollout(config: Config) -> None:
+    """Refuse what the rollout worker would refuse, before an engine is started for it.
+
+    Raises:
+        ConfigError: a text that the checkpoint's tokenizer cannot spell, or too few tokens to think and answer.
+    """
+    directory = checkpoint_files(config.model.path)
+    with _named("model.path"):
+        codec = Codec.from_dir(directory)
+    r, close = config.rollout, config.model.think_close
+    texts = [("model.think_close", close), *(("rollout.triggers", text) for text in r.triggers)]
+    try:
+        if r.probe:
+            preset = Preset.resolve(r.probe, close)
+            texts += [("rollout.probe.inducer", preset.inducer), ("rollout.probe.closing", preset.closing)]
+            texts += [("rollout.probe.stop", text) for text in preset.stop]
+        for field, text in texts:
+            with _named(field):
+                codec.encode(text)
+        no_engine: Any = None  # nothing is sampled
+        Rollout(no_engine, codec, r, close, eos_ids(directory), config.seed)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
+@contextlib.contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Put the field's name before an error that does not know it."""
+    try:
+        yield
+    except ValueError as e:
+        raise ConfigError(f"{field}: {e}") from None
+
+
 def note_skipped(display: Display, *sets: Problems) -> None:
     for skipped in (s.skipped for s in sets if s.skipped):
         display.print(f"[yellow]{len(skipped)} bad lines left out (data.on_bad_line), the first:[/] {skipped[0]}")
 
 
 def cancel_on_sigterm() -> None:
-    """`ray job stop` sends SIGTERM: end as on Ctrl-C."""
-    task = asyncio.current_task()
-    assert task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    """`ray job stop` sends SIGTERM: end as on Ctrl-C, which asyncio makes a cancelled task and a KeyboardInterrupt."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)

@@ -108,7 +108,7 @@ class Loop:
         before = await self._evaluate_phase("before", "the starting model")
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            with self.display.phase("train", f"training, {c.train.num_batches} rollout batches") as phase:
+            with self.display.phase("train", "training") as phase:
                 feeder = tasks.create_task(self._feed())
                 started = last = time.monotonic()
                 for index in range(c.train.num_batches):
@@ -326,7 +326,7 @@ class Loop:
             async with self._frozen() as version:
                 entered.set_result(None)
                 result, _ = await self._evaluate(prompts, version, None)
-            self.last_eval = f"eval {result.accuracy.mean:.1%} {result.tokens.mean:.0f} tok"
+            self.last_eval = f"held-out {result.accuracy.mean:.0%}, {result.tokens.mean:.0f} tokens"
 
         self._tasks.create_task(background())
         await entered
@@ -352,6 +352,7 @@ class Loop:
                 phase.show(f"{done} problems", done, len(prompts))
 
         groups = await decode([s.actor for s in self.seats], prompts, progress)
+        assert {f.oldest_version for g in groups for f in g.facts} == {version}, "an evaluation met two versions"
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)
         _append(self.config.run_dir / "evaluations.jsonl", {"update": self.update, **result.as_dict()})
         self.log.evaluation(
@@ -365,17 +366,17 @@ class Loop:
             return
         left = (time.monotonic() - started) / batches_done * (c.train.num_batches - batches_done)
         parts = [
-            f"update {self.update}/{c.train.num_batches * c.updates_per_batch}",
+            f"update {self.update} of {c.train.num_batches * c.updates_per_batch}",
             f"accuracy {r['reward/accuracy']:.0%}",
-            f"tokens {r['rollout/tokens']:.0f}",
-            f"steps {r['rollout/steps']:.1f}",
-            f"confident {r['exit/confident']:.0%}",
-            f"stale {r['staleness/mean']:.1f}",
-            f"{r['rate/tokens']:.0f} tok/s",
+            f"{r['rollout/tokens']:.0f} tokens",
+            f"{r['rollout/steps']:.1f} steps",
+            f"{r['exit/confident']:.0%} confident",
+            f"{r['staleness/mean']:.1f} stale",
+            f"{r['rate/tokens']:,.0f} tok/s",
             self.last_eval,
-            f"left {clock(left)}",
+            f"{clock(left)} left",
         ]
-        phase.show("  ".join(p for p in parts if p), batches_done, c.train.num_batches)
+        phase.show(" · ".join(p for p in parts if p), batches_done, c.train.num_batches)
 
 
 async def _all(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:

@@ -1,0 +1,494 @@
+"""Whole runs on real vLLM, DeepSpeed and Ray, in the miniature: what they leave behind, and how they end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+from ray.cluster_utils import Cluster
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from examples.miniature.make_data import sft_rows
+from stepgrpo import run
+from stepgrpo.actors.engine import CPU_ENV
+from stepgrpo.cli import app
+from stepgrpo.config import Config, load, validate
+from stepgrpo.console import Display
+from stepgrpo.metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+MINIATURE = ROOT / "examples" / "miniature"
+STEPGRPO = Path(sys.executable).with_name("stepgrpo")
+INPUTS = [
+    f"model.path={MINIATURE / 'model'}",
+    f"data.train={MINIATURE / 'data' / 'train.jsonl'}",
+    f"data.eval={MINIATURE / 'data' / 'heldout.jsonl'}",
+]
+SMALL = [
+    *INPUTS,
+    "rollout.group_size=4",
+    "engine.kv_cache_mb=64",
+    "learner.lr=1e-4",
+    "train.prompts_per_batch=4",
+    "train.prompts_per_update=2",
+    "eval.num_prompts=40",
+    "eval.num_prompts_during=10",
+]
+ENDLESS = [*SMALL, "train.num_batches=10000", "eval.num_prompts=4"]
+SECONDS_TO_START = 300.0
+SECONDS_TO_STOP = 10.0
+
+Json = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a Ray cluster, which the runs of this module join unless they start their own."""
+    directory = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    environment.setenv("RAY_TMPDIR", directory)
+    head = {"num_cpus": 2, "object_store_memory": 150 << 20, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    environment.setenv("RAY_ADDRESS", nodes.address)
+    yield nodes.address
+    environment.delenv("RAY_ADDRESS")
+    environment.delenv("RAY_TMPDIR")
+    nodes.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    config: Config
+    summary: Json
+    screen: str
+
+    @property
+    def directory(self) -> Path:
+        return self.config.run_dir
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+    def lines(self, name: str) -> list[Json]:
+        return read_lines(self.directory / f"{name}.jsonl")
+
+
+def read_lines(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def train(directory: Path, name: str, *overrides: str) -> Run:
+    config = load(Config, QUICKSTART, [f"name={name}", f"runs_dir={directory}", *SMALL, *overrides])
+    screen = io.StringIO()
+    return Run(config, run.train(config, Display(Console(file=screen, width=200))), screen.getvalue())
+
+
+def held_out_prompts(number: int) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(MINIATURE / "model")
+    problems = read_lines(MINIATURE / "data" / "heldout.jsonl")[:number]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p["problem"]}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        for p in problems
+    ]
+
+
+# ---- strictly on-policy
+
+
+@pytest.fixture(scope="module")
+def twins(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """The same strictly on-policy run, twice."""
+    directory = tmp_path_factory.mktemp("twins")
+    settings = ["train.num_batches=3", "train.max_staleness=0", "train.refill=true", "eval.every=1"]
+    first, second = (train(directory, name, *settings) for name in ("first", "second"))
+    return first, second
+
+
+def without_the_clock(lines: list[Json]) -> list[Json]:
+    timed = ("time/", "rate/", "discarded/", "seconds")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+@pytest.mark.parametrize("name", ["metrics", "draws", "evaluations"])
+def test_two_on_policy_runs_with_one_seed_write_the_same_lines(twins: tuple[Run, Run], name: str) -> None:
+    first, second = (without_the_clock(r.lines(name)) for r in twins)
+    assert first == second
+
+
+def test_two_on_policy_runs_with_one_seed_end_in_the_same_weights(twins: tuple[Run, Run]) -> None:
+    first, second = ((r.model / "model.safetensors").read_bytes() for r in twins)
+    assert first == second
+
+
+def test_an_on_policy_run_meets_only_tokens_of_its_own_version(twins: tuple[Run, Run]) -> None:
+    lines = twins[0].lines("metrics")
+    assert [x["staleness/max"] for x in lines] == [0] * len(lines)
+    assert all(x["mismatch/max"] < 1e-4 for x in lines), "float32 on both sides"
+    assert all(x["importance/mean"] == pytest.approx(1, abs=1e-4) for x in lines if x["update"] % 2), "old is behaviour"
+
+
+def test_groups_without_signal_are_replaced(twins: tuple[Run, Run]) -> None:
+    draws = twins[0].lines("draws")
+    assert any(batch["filtered"] for batch in draws), "nothing to replace: this run shows nothing"
+    assert all(len(batch["trained"]) == 4 or len(batch["filtered"]) == 4 for batch in draws)
+    assert all(x["reward/signal"] == 1 for x in twins[0].lines("metrics"))
+
+
+# ---- with staleness, over two learner ranks
+
+
+class Watch:
+    """Samples, beside a run, what its published weights take up: (batches done, object store, shared memory)."""
+
+    def __init__(self, address: str, run_dir: Path) -> None:
+        self.samples: list[tuple[int, int, int]] = []
+        self.directory: Path | None = None
+        self._state = get_state_from_address(address)
+        self._draws = run_dir / "draws.jsonl"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.3):
+            if not self._draws.exists():
+                continue
+            self.directory = self.directory or next(iter(shared_memory(descendants())), None)
+            if self.directory is None:
+                continue
+            done = len(read_lines(self._draws))
+            store = get_memory_info_reply(self._state).store_stats.object_store_bytes_used
+            self.samples.append((done, store, sum(f.stat().st_size for f in self.directory.glob("*.bin"))))
+
+
+def descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def shared_memory(processes: Sequence[psutil.Process]) -> set[Path]:
+    """Directories of published weights that these processes hold."""
+    found = set()
+    for process in processes:
+        with suppress(psutil.Error):
+            found |= {Path(f.path).parent for f in process.open_files() if f.path.startswith("/dev/shm/stepgrpo-")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def watched(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Watch]:
+    """A run of 50 versions, one version behind at most, by two learner ranks."""
+    directory = tmp_path_factory.mktemp("stale")
+    with Watch(cluster, directory / "stale") as watch:
+        settings = ["train.num_batches=50", "train.max_staleness=1", "train.refill=true", "eval.every=10"]
+        ranks = ["learner.num_ranks=2", "cluster.cpus_per_rank=0.5", "learner.bucket_mb=1"]
+        return train(directory, "stale", *settings, *ranks), watch
+
+
+@pytest.fixture(scope="module")
+def stale(watched: tuple[Run, Watch]) -> Run:
+    return watched[0]
+
+
+def test_staleness_reaches_its_bound_and_never_exceeds_it(stale: Run) -> None:
+    lines = stale.lines("metrics")
+    assert {x["staleness/max"] for x in lines} == {0, 1}
+    assert all(x["staleness/mean"] <= x["staleness/max"] for x in lines)
+
+
+def test_every_draw_is_used_once_and_none_is_lost(stale: Run) -> None:
+    batches = stale.lines("draws")
+    assert [b["batch"] for b in batches] == list(range(50))
+    for b in batches:
+        assert b["trained"] == sorted(b["trained"]) and b["filtered"] == sorted(b["filtered"])
+    used = [sorted(b["trained"] + b["filtered"]) for b in batches]
+    assert [d for batch in used for d in batch] == list(range(sum(map(len, used)))), "batches are in draw order"
+
+
+def test_an_evaluation_belongs_to_one_version(stale: Run) -> None:
+    evaluations = stale.lines("evaluations")
+    assert [e["version"] for e in evaluations] == [0, 10, 20, 30, 40, 50]
+    by_batch = {x["batch"]: x["update"] for x in stale.lines("metrics")}
+    assert [e["update"] for e in evaluations] == [0, *(by_batch[v - 1] for v in (10, 20, 30, 40, 50))]
+    assert [e["problems"] for e in evaluations] == [40, 10, 10, 10, 10, 40]
+
+
+def test_a_batchs_last_update_carries_every_metric(stale: Run) -> None:
+    lines = stale.lines("metrics")
+    assert [x["update"] for x in lines] == list(range(1, len(lines) + 1))
+    last = {x["batch"]: x for x in lines}
+    assert all(x.keys() == METRICS.keys() for x in last.values())
+    never = [k for k in METRICS if all(x[k] is None for x in lines if k in x)]
+    assert not never, "null in every update"
+    for name in ("accuracy/exited", "accuracy/control", "accuracy/treated", "probe/confident", "probe/confidence_p50"):
+        assert all(0 <= x[name] <= 1 for x in lines if x[name] is not None)
+    assert any(x["exit/confident"] > 0 for x in lines)
+
+
+def test_the_summary_holds_before_and_after_with_their_intervals(stale: Run) -> None:
+    summary = json.loads((stale.directory / "summary.json").read_text())
+    assert summary == stale.summary
+    assert summary["status"] == "finished" and summary["updates"] == len(stale.lines("metrics"))
+    for moment in ("before", "after"):
+        for quantity in ("accuracy", "tokens", "steps"):
+            e = summary[moment][quantity]
+            assert e["low"] <= e["mean"] <= e["high"]
+    tokens = [summary[moment]["tokens"]["mean"] for moment in ("before", "after")]
+    assert summary["compression"]["mean"] == pytest.approx(tokens[1] / tokens[0])
+    assert summary["seconds"].keys() == {"prepare", "ray", "start", "before", "train", "after", "save"}
+
+
+def test_the_configuration_of_a_run_reloads(stale: Run) -> None:
+    assert validate(Config, json.loads((stale.directory / "config.json").read_text())) == stale.config
+
+
+def test_old_versions_leave_object_store_and_shared_memory(watched: tuple[Run, Watch]) -> None:
+    stale, watch = watched
+    size = stale.lines("metrics")[-1]["weights/bytes"]
+    early, late = ([s for s in watch.samples if lo <= s[0] < hi] for lo, hi in ((5, 25), (40, 51)))
+    assert min(len(early), len(late)) >= 5, "sampled too seldom to show anything"
+    for i, what in ((1, "object store"), (2, "shared memory")):
+        grown = max(s[i] for s in late) - max(s[i] for s in early)
+        assert grown < 2 * size, f"{what}: {grown:,} bytes more after 25 further versions of {size:,}"
+    assert max(s[2] for s in watch.samples) == pytest.approx(2 * size, rel=0.05), "two files hold a version each"
+    assert watch.directory is not None and not watch.directory.exists(), "the last worker removes it"
+
+
+def test_the_trained_model_is_a_plain_checkpoint_for_transformers_and_an_unmodified_vllm(stale: Run) -> None:
+    prompts = held_out_prompts(8)
+    model = AutoModelForCausalLM.from_pretrained(stale.model)
+    tokenizer = AutoTokenizer.from_pretrained(stale.model)
+    assert model.dtype == torch.float32 and tokenizer.decode([4]) == "</think>"
+    expected = [
+        model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=100)[0, len(p) :].tolist() for p in prompts
+    ]
+    found = subprocess.run(
+        [sys.executable, "-c", PLAIN_VLLM, str(stale.model), json.dumps(prompts)],
+        env={**os.environ, **CPU_ENV},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    assert json.loads(found.splitlines()[-1]) == expected
+    assert len({tuple(e) for e in expected}) == 8 and all(len(e) > 5 for e in expected)
+
+
+PLAIN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+llm = LLM(model=sys.argv[1], max_model_len=256, enforce_eager=True, kv_cache_memory_bytes=64 << 20, block_size=32)
+prompts = [{"prompt_token_ids": p} for p in json.loads(sys.argv[2])]
+outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=100), use_tqdm=False)
+print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+"""
+
+
+def test_training_changes_every_matrix(stale: Run) -> None:
+    before, after = (load_file(d / "model.safetensors") for d in (MINIATURE / "model", stale.model))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[k], after[k]) for k in before if before[k].ndim == 2)
+
+
+def test_eval_of_the_trained_model_repeats_the_runs_last_evaluation(stale: Run, tmp_path: Path) -> None:
+    """Also what shows that the last evaluation met the last version, and the saved model is that version."""
+    output = tmp_path / "figures.json"
+    settings = [s for s in SMALL if not s.startswith("model.path")]
+    result = CliRunner().invoke(
+        app, ["eval", str(stale.model), f"--config={QUICKSTART}", f"--output={output}", *settings]
+    )
+    assert result.exit_code == 0, result.output
+    figures, after = json.loads(output.read_text()), stale.summary["after"]
+    for name in ("problems", "samples", "accuracy", "tokens", "steps", "incomplete"):
+        assert figures[name] == after[name]
+    for row, digits, factor in (("accuracy, %", 1, 100), ("tokens per answer", 1, 1), ("steps per answer", 2, 1)):
+        mean = after[row.split(",")[0].split()[0]]["mean"]
+        assert f"{factor * mean:.{digits}f}" in next(x for x in result.output.splitlines() if row in x)
+
+
+# ---- how runs end
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+
+
+@contextmanager
+def in_training(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, Path]]:
+    """The command, in the middle of an endless training: (process, run directory, what it printed)."""
+    screen = directory / "screen.txt"
+    command = [STEPGRPO, "train", QUICKSTART, "name=x", f"runs_dir={directory}", *ENDLESS]
+    with screen.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    metrics = directory / "x" / "metrics.jsonl"
+
+    def trains() -> bool:
+        assert process.poll() is None, screen.read_text()
+        return metrics.exists() and len(read_lines(metrics)) > 4
+
+    try:
+        wait_for(trains, SECONDS_TO_START, "training")
+        yield process, directory / "x", screen
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def assert_usable(run_dir: Path) -> None:
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+    updates = [x["update"] for x in read_lines(run_dir / "metrics.jsonl")]
+    assert updates == list(range(1, len(updates) + 1))
+    if (run_dir / "model").exists():
+        AutoModelForCausalLM.from_pretrained(run_dir / "model")
+
+
+def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with environment.context() as alone:
+        alone.delenv("RAY_ADDRESS", raising=False)
+        with in_training(tmp_path) as (process, run_dir, screen):
+            started = psutil.Process(process.pid).children(recursive=True)
+            names = " ".join(" ".join(p.cmdline()) for p in started if is_alive(p))
+            assert all(name in names for name in ("raylet", "RolloutWorker", "LearnerWorker", "EngineCore"))
+            weights = shared_memory(started)
+            assert weights
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(SECONDS_TO_STOP) == 130
+    wait_for(lambda: not any(map(is_alive, started)), 3, "the end of every process")
+    assert not any(w.exists() for w in weights)
+    assert screen.read_text().splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in screen.read_text()
+    assert_usable(run_dir)
+
+
+def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Path) -> None:
+    """As `ray job stop` does it."""
+    with in_training(tmp_path) as (process, run_dir, screen):
+        actors = [p for p in descendants() if "Worker" in " ".join(p.cmdline()) or "EngineCore" in p.name()]
+        weights = shared_memory(actors)
+        assert weights
+        process.terminate()
+        assert process.wait(SECONDS_TO_STOP) == 130
+    wait_for(lambda: not any(map(is_alive, actors)), 10, "the end of every actor")
+    assert not any(w.exists() for w in weights)
+    assert screen.read_text().splitlines()[-1] == "error: interrupted"
+    assert_usable(run_dir)
+
+
+def test_a_run_whose_engine_dies_ends_by_itself_and_says_so(cluster: str, tmp_path: Path) -> None:
+    metrics = tmp_path / "x" / "metrics.jsonl"
+    killed = []
+
+    def kill() -> None:
+        wait_for(lambda: metrics.exists() and len(read_lines(metrics)) > 4, SECONDS_TO_START, "training")
+        for process in descendants():
+            if "EngineCore" in " ".join(process.cmdline()):
+                killed.append(process)
+                process.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = CliRunner().invoke(app, ["train", str(QUICKSTART), "name=x", f"runs_dir={tmp_path}", *ENDLESS])
+    thread.join()
+    assert killed
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith("error: ")
+    assert "the vLLM engine died: its process died" in result.output.splitlines()[-1]
+    assert json.loads((tmp_path / "x" / "summary.json").read_text())["status"] == "failed"
+    assert "EngineDied" in (tmp_path / "x" / "error.txt").read_text()
+
+
+def test_more_than_the_cluster_has_is_refused_and_leaves_the_name_free(cluster: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        result = CliRunner().invoke(
+            app, ["train", str(QUICKSTART), "name=x", f"runs_dir={tmp_path}", *SMALL, "cluster.cpus_per_rank=7"]
+        )
+        assert result.exit_code == 2
+        assert result.output.splitlines()[-1] == (
+            "error: CPUs: the config asks for 8 (rollout.num_workers takes 1, learner.num_ranks takes 7) "
+            "but the Ray cluster has 2; lower them, or add a node"
+        )
+
+
+# ---- supervised
+
+
+def test_sft_lowers_the_loss_and_its_model_loads(cluster: str, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in sft_rows(2, 200)))
+    config = tmp_path / "sft.yaml"
+    config.write_text(
+        f"""
+        name: brief
+        runs_dir: {tmp_path}
+        model: {{path: {MINIATURE / "model"}, dtype: float32}}
+        data: {{train: {pairs}}}
+        epochs: 3
+        batch_size: 20
+        max_tokens: 256
+        learner: {{lr: 1.0e-3, micro_batch_tokens: 4096}}
+        cluster: {{device: cpu}}
+        """
+    )
+    result = CliRunner().invoke(app, ["sft", str(config)])
+    assert result.exit_code == 0, result.output
+    losses = np.array([x["policy/loss"] for x in read_lines(tmp_path / "brief" / "metrics.jsonl")]).reshape(3, 10)
+    assert losses[2].mean() < 0.9 * losses[0].mean()
+    summary = json.loads((tmp_path / "brief" / "summary.json").read_text())
+    assert summary["loss"] == {"first": losses[0, 0], "last": losses[2, 9]}
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "brief" / "model").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(MINIATURE / "model").state_dict()
+    assert trained.keys() == start.keys() and any(not torch.equal(trained[k], start[k]) for k in start)
