@@ -8,8 +8,8 @@ Every loop answers the same prompts within the same budget, on one vLLM engine, 
     plain     sampling without any probe: the upper bound
     ours      stepgrpo.actors.rollout: probing while it goes on thinking
     pausing   one coroutine per trajectory, which waits for each of its probes
-    rounds    everyone thinks to the next trigger, all wait, everyone probes, all wait: the loop of the method's released
-              code (arXiv 2604.16890), without its faults
+    rounds    everyone thinks to the next trigger, all wait, everyone probes, all wait: the loop of the code released
+              with the method (arXiv 2604.16890), without its faults
 
 and, since trajectories that were cut are shorter, `ours` and `rounds` once more with a gate that never opens: they then
 sample the same number of tokens as `plain`, and what is lost against it is the price of probing alone.
@@ -25,7 +25,7 @@ import asyncio
 import copy
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from typing import Any
 from figures import machine, spread, table
 
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
-from stepgrpo.actors.rollout import LATER, Chunk, Rollout, Sampling
+from stepgrpo.actors.rollout import LATER, Chunk, Engine, Rollout, Sampling
 from stepgrpo.actors.truncation import Answer, ConfidencePolicy, Trigger, seed_for
 from stepgrpo.config import Config, load
 from stepgrpo.data import PromptStream, load_problems
@@ -171,21 +171,27 @@ async def rounds(rollout: Rollout, group_size: int, prompts: Sequence[Prompt]) -
     return [t.work() for t in trajectories]
 
 
-def whole_responses(engine: VllmEngine) -> VllmEngine:
-    """The same engine, without the parts of a response that a loop which waits for its end has no use for."""
-    from vllm.sampling_params import RequestOutputKind
+class Whole:
+    """The same engine, without the parts of a response, which a loop that waits for its end has no use for."""
 
-    view = copy.copy(engine)
-    view._params = partial(engine._params, output_kind=RequestOutputKind.FINAL_ONLY)
-    return view
+    def __init__(self, engine: VllmEngine) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
+        self._engine = engine
+        self._params = partial(engine._params, output_kind=RequestOutputKind.FINAL_ONLY)
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
+        view = copy.copy(self._engine)
+        view._params = self._params
+        return view.generate(prompt, sampling)
 
 
 def make_loops(engine: VllmEngine, config: Config) -> dict[str, Loop]:
     path = Path(config.model.path)
     codec, eos = Codec.from_dir(path), eos_ids(path)
-    whole = whole_responses(engine)
+    whole = Whole(engine)
 
-    def rollout(on: VllmEngine, probe: bool = True, opens: bool = True) -> Rollout:
+    def rollout(on: Engine, probe: bool = True, opens: bool = True) -> Rollout:
         settings = config.rollout if probe else config.rollout.model_copy(update={"probe": None})
         made = Rollout(on, codec, settings, config.model.think_close, eos, config.seed)
         if not opens:

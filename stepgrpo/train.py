@@ -345,7 +345,7 @@ class Loop:
     async def _evaluate(
         self, prompts: Sequence[Prompt], version: int, phase: Phase | None
     ) -> tuple[Evaluation, list[GradedGroup]]:
-        start = time.monotonic()
+        start, update = time.monotonic(), self.update  # training goes on meanwhile
 
         def progress(done: int) -> None:
             if phase:
@@ -354,7 +354,7 @@ class Loop:
         groups = await decode([s.actor for s in self.seats], prompts, progress)
         assert {f.oldest_version for g in groups for f in g.facts} == {version}, "an evaluation met two versions"
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)
-        _append(self.config.run_dir / "evaluations.jsonl", {"update": self.update, **result.as_dict()})
+        _append(self.config.run_dir / "evaluations.jsonl", {"update": update, **result.as_dict()})
         self.log.evaluation(
             {"accuracy": result.accuracy.mean, "tokens": result.tokens.mean, "steps": result.steps.mean}, self.update
         )

@@ -320,7 +320,8 @@ PLAIN_VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
 
-llm = LLM(model=sys.argv[1], max_model_len=256, enforce_eager=True, kv_cache_memory_bytes=64 << 20, block_size=32)
+memory = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
+llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, **memory)
 prompts = [{"prompt_token_ids": p} for p in json.loads(sys.argv[2])]
 outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=100), use_tqdm=False)
 print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]))

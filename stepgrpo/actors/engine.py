@@ -10,11 +10,11 @@ import asyncio
 import itertools
 import multiprocessing
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from stepgrpo.actors.rollout import Chunk, Sampling
 from stepgrpo.config import EngineConfig, ModelConfig
@@ -37,6 +37,12 @@ CPU_ENV: dict[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Environment of an engine on CPU, set before vllm is imported: for Ray, `env_vars` of the worker's runtime_env."""
+
+
+HEARTBEAT_SECONDS = 1.0
+"""How long a dead engine may go unnoticed during a control call."""
+
+T = TypeVar("T")
 
 
 class EngineDied(RuntimeError):
@@ -181,26 +187,39 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         self._check()
+        update = WeightTransferUpdateRequest(update_info={"path": str(path), "table": table})
         async with self._loading:
             started = time.perf_counter()
             try:
-                await self._llm.pause_generation(mode="keep", clear_cache=True)
-                await self._llm.start_weight_update()
-                await self._llm.update_weights(
-                    WeightTransferUpdateRequest(update_info={"path": str(path), "table": table})
-                )
-                if self._reports_versions:
-                    await self._llm.finish_weight_update(str(version))
-                else:
-                    await self._llm.finish_weight_update()
-                self.version = version
-                await self._llm.resume_generation()
+                await self._unless_dead(self._replace(version, update))
             except BaseException as e:
                 self._die(f"loading weights version {version} failed ({type(e).__name__}: {e})")
                 if isinstance(e, Exception):
                     self._check(e)
                 raise
             return time.perf_counter() - started
+
+    async def _replace(self, version: int, request: Any) -> None:
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(request)
+        if self._reports_versions:
+            await self._llm.finish_weight_update(str(version))
+        else:
+            await self._llm.finish_weight_update()
+        self.version = version
+        await self._llm.resume_generation()
+
+    async def _unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
+        """vLLM never answers a control call whose engine dies meanwhile: look after it."""
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS))[0]:
+                if self._llm.errored:
+                    raise self._dead_error
+            return task.result()
+        finally:
+            task.cancel()
 
     def check_health(self) -> None:
         """Do nothing, as long as the engine lives.
