@@ -53,7 +53,7 @@ METRICS: dict[str, str] = {
     "probe/confidence_p10": "10 % quantile of the confidence of probes read to their end.",
     "probe/confidence_p50": "Its median.",
     "probe/confidence_p90": "Its 90 % quantile.",
-    "closing/logprob": "Mean log-probability of a confident exit's forced tokens: near 0, the exit is learnt.",
+    "closing/logprob": "Mean log-probability of the forced closing at confident exits: how likely the policy was to stop there.",
     "closing/logprob_rewarded": "The same, where the advantage is positive.",
     "closing/logprob_punished": "The same, where it is negative. Pushing unlikely tokens down is unbounded: watch it.",
     "policy/loss": "Loss of the update.",
