@@ -11,8 +11,8 @@ Every loop answers the same prompts within the same budget, on one vLLM engine, 
     rounds    everyone thinks to the next trigger, all wait, everyone probes, all wait: the loop of the code released
               with the method (arXiv 2604.16890), without its faults
 
-and, since trajectories that were cut are shorter, `ours` and `rounds` once more with a gate that never opens: they then
-sample the same number of tokens as `plain`, and what is lost against it is the price of probing alone.
+and, since trajectories that were cut are shorter, `ours` and `rounds` once more with a gate that never opens: what they
+lose against `plain` is the price of probing alone. `ours` then samples the very tokens of `plain`, which is checked.
 
 Loops alternate within each repetition, which has draws, and so noise, of its own; the prefix cache is emptied in
 between. Ratios are taken within a repetition. Useful tokens are sampled ones that stay in a trajectory.
@@ -37,8 +37,8 @@ from figures import machine, spread, table
 
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
 from stepgrpo.actors.rollout import LATER, Chunk, Engine, Rollout, Sampling
-from stepgrpo.actors.truncation import Answer, ConfidencePolicy, Trigger, seed_for
-from stepgrpo.config import Config, load
+from stepgrpo.actors.truncation import Answer, ConfidencePolicy, Preset, ProbePolicy, Trigger, seed_for
+from stepgrpo.config import Config, RolloutConfig, load
 from stepgrpo.data import PromptStream, load_problems
 from stepgrpo.hub import eos_ids
 from stepgrpo.tokens import Codec
@@ -89,23 +89,23 @@ class Segments:
         self.rollout, self.probing = rollout, rollout.probing
         self.prompt: list[int] = prompt.token_ids.tolist()
         self.key = (rollout.run_seed, prompt.draw, sample)
-        self.trigger = rollout.codec.single_token(rollout.config.triggers[0])
-        self.close = rollout.codec.single_token(rollout.think_close)
-        assert self.trigger is not None and self.close is not None and len(rollout.config.triggers) == 1
+        [word] = rollout.config.triggers
+        [self.trigger] = rollout.codec.encode(word)
+        [self.close] = rollout.codec.encode(rollout.think_close)
         self.response: list[int] = []
         self.num_segments = self.num_probes = self.probe_tokens = self.num_forced = 0
         self.done = False
 
     @property
-    def at_trigger(self) -> bool:
-        """Whether the segment ended in a trigger that is to be probed."""
+    def asks(self) -> bool:
+        """Whether the next trigger ends the segment, or has ended it, to be probed."""
         return not self.done and self.num_probes < self.probing.max_probes and self.close not in self.response
 
     async def think(self) -> None:
         """Sample on to the next trigger that is to be probed, or to the end."""
         config = self.rollout.config
         stop = self.rollout.stop_ids
-        if self.at_trigger:
+        if self.asks:
             stop = (*stop, self.trigger)
         sampling = Sampling(
             max_tokens=config.max_response_tokens - len(self.response),
@@ -156,7 +156,7 @@ async def pausing(rollout: Rollout, group_size: int, prompts: Sequence[Prompt]) 
     async def one(trajectory: Segments) -> Work:
         while not trajectory.done:
             await trajectory.think()
-            if trajectory.at_trigger:
+            if trajectory.asks:
                 await trajectory.probe()
         return trajectory.work()
 
@@ -167,7 +167,7 @@ async def rounds(rollout: Rollout, group_size: int, prompts: Sequence[Prompt]) -
     trajectories = [Segments(rollout, p, i) for p in prompts for i in range(group_size)]
     while going_on := [t for t in trajectories if not t.done]:
         await asyncio.gather(*(t.think() for t in going_on))
-        await asyncio.gather(*(t.probe() for t in going_on if t.at_trigger))
+        await asyncio.gather(*(t.probe() for t in going_on if t.asks))
     return [t.work() for t in trajectories]
 
 
@@ -191,23 +191,20 @@ def make_loops(engine: VllmEngine, config: Config) -> dict[str, Loop]:
     codec, eos = Codec.from_dir(path), eos_ids(path)
     whole = Whole(engine)
 
-    def rollout(on: Engine, probe: bool = True, opens: bool = True) -> Rollout:
-        settings = config.rollout if probe else config.rollout.model_copy(update={"probe": None})
-        made = Rollout(on, codec, settings, config.model.think_close, eos, config.seed)
-        if not opens:
-            assert made.probing is not None
-            never = NeverConfident(made.probing.preset, codec)
-            made = Rollout(on, codec, settings, config.model.think_close, eos, config.seed, never)
-        return made
+    def rollout(on: Engine, settings: RolloutConfig, policy: ProbePolicy | None = None) -> Rollout:
+        return Rollout(on, codec, settings, config.model.think_close, eos, config.seed, policy)
 
-    size = config.rollout.group_size
+    probed = config.rollout
+    assert probed.probe is not None
+    never = NeverConfident(Preset.resolve(probed.probe, config.model.think_close), codec)
+    size = probed.group_size
     return {
-        "rounds": partial(rounds, rollout(whole), size),
-        "pausing": partial(pausing, rollout(whole), size),
-        "ours": partial(streaming, rollout(engine), size),
-        "plain": partial(streaming, rollout(whole, probe=False), size),
-        "rounds, no exit": partial(rounds, rollout(whole, opens=False), size),
-        "ours, no exit": partial(streaming, rollout(engine, opens=False), size),
+        "rounds": partial(rounds, rollout(whole, probed), size),
+        "pausing": partial(pausing, rollout(whole, probed), size),
+        "ours": partial(streaming, rollout(engine, probed), size),
+        "plain": partial(streaming, rollout(whole, probed.model_copy(update={"probe": None})), size),
+        "rounds, no exit": partial(rounds, rollout(whole, probed, never), size),
+        "ours, no exit": partial(streaming, rollout(engine, probed, never), size),
     }
 
 
@@ -252,6 +249,8 @@ async def run(config: Config, repetitions: int) -> None:
                 names = list(loops)
                 for name in names[r % len(names) :] + names[: r % len(names)]:
                     passes[name].append(await measure(engine, loops[name], prompts))
+            for free, probed in zip(passes["plain"], passes["ours, no exit"], strict=True):
+                assert free.work.useful == probed.work.useful, "probes that declined changed a trajectory"
             report(passes, num_prompts * config.rollout.group_size, repetitions)
     finally:
         engine.close()
@@ -299,7 +298,7 @@ def report(passes: dict[str, list[Pass]], num: int, repetitions: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Useful tokens per second of the truncated rollout.")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("overrides", nargs="*", help="key=value, such as engine.max_num_seqs=256")
+    parser.add_argument("overrides", nargs="*", help="key=value, such as engine.stream_interval=8")
     args = parser.parse_args()
     os.chdir(ROOT)
     os.environ.update(CPU_ENV)

@@ -9,9 +9,9 @@
                 store    rank 0 writes them as a safetensors file into /dev/shm
                 paused   the engine pauses, vLLM's `reload_weights` reads that file, it goes on
 
-Both end with the same weights, which is checked, and both forget the KV cache of the old ones. Requests decode all the
-while; `gap` is the longest time one of them waited for a token. Not in the figures: a file in shared memory reaches one
-node only, nothing guards it, and while ranks gather they cannot train.
+Both end with the same weights, which is checked (in float32: in bfloat16 another batch rounds otherwise), and both forget
+the KV cache of the old ones. Requests decode all the while; `gap` is the longest time one of them waited for a token.
+Not in the figures: a file in shared memory reaches one node only, nothing guards it, and ranks that gather do not train.
 """
 
 from __future__ import annotations
@@ -207,10 +207,12 @@ class Traffic:
 async def traffic(engine: VllmEngine) -> AsyncIterator[Traffic]:
     running = Traffic(engine)
     tasks = [asyncio.create_task(running.request(i)) for i in range(NUM_REQUESTS)]
-    yield running
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        yield running
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def sampling(max_tokens: int, seed: int | None = None) -> Sampling:
@@ -228,7 +230,9 @@ def make_model(directory: Path) -> Path:
     """A random Qwen3 of about 100 million parameters, in bfloat16."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=16384,
@@ -278,7 +282,8 @@ async def compare(path: Path, dtype: Any, repetitions: int, directory: Path) -> 
                 outputs.append(await greedy(engine))
                 if r >= WARM_UP:
                     done[name].append(seconds)
-            assert outputs[0] == outputs[1], "the two ways loaded different weights"
+            if dtype == "float32":
+                assert outputs[0] == outputs[1], "the two ways loaded different weights"
     for rank in ranks:
         ray.kill(rank)
     return done
@@ -306,7 +311,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     args = parser.parse_args()
     os.environ.update(CPU_ENV)
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "DS_ACCELERATOR": "cpu"}  # the latter is said aloud where it is not set
     print(machine())
     with (
         session(ClusterConfig(device="cpu", object_store_mb=768), []),

@@ -53,8 +53,8 @@ policy does when it decodes plainly stands in `evaluations.jsonl` and `summary.j
 
 Worth watching:
 
-- `closing/logprob` with `exit/confident`: how likely the policy was to stop where the probe stopped it, and how often the
-  probe had to. A policy that stops by itself leaves the probe only places where it would rather go on: both fall.
+- `closing/logprob` with `exit/confident`: how likely the policy was to stop where the probe stopped it, and how often
+  the probe had to. A policy that stops by itself leaves the probe only places where it would rather go on: both fall.
 - `rollout/tokens_per_step` rises when the policy stops *saying* the trigger word without getting shorter.
 - `accuracy/control` against `accuracy/treated` is what a confident exit costs (`rollout.control_fraction` above 0).
   Exited against natural trajectories tells nothing: they select themselves.

@@ -10,7 +10,6 @@ import typer
 
 if TYPE_CHECKING:
     from stepgrpo.console import Display
-    from stepgrpo.evaluate import Evaluation
 
 T = TypeVar("T")
 
@@ -85,14 +84,14 @@ def evaluate(
     from stepgrpo.config import Config, load
 
     def job(display: Display) -> None:
-        from stepgrpo import run
+        from stepgrpo import run, rundir
 
         settings = load(Config, config, [f"model.path={model}", *(overrides or [])])
         result = run.evaluate(settings, display)
         display.console.print(_table({model: result.as_dict()}))
-        _note_failures(display, result)
+        _note_failures(display, result.grader_failures)
         if output:
-            run.save_json(output, {"model": model, **result.as_dict()})
+            rundir.save_json(output, {"model": model, **result.as_dict()})
 
     _guard(job)
 
@@ -148,6 +147,7 @@ def _print_summary(display: Display, summary: dict[str, Any], directory: Path) -
             f"[dim]{after['problems']} held-out problems, {after['samples']} plain response(s) each; "
             "in brackets: 95 % bootstrap intervals[/]"
         )
+        _note_failures(display, before["grader_failures"] + after["grader_failures"])
     display.print(f"\nThe run:           {directory}  (metrics.jsonl, summary.json)")
     display.print(f"The trained model: {directory / 'model'}")
 
@@ -172,6 +172,6 @@ def _table(columns: dict[str, dict[str, Any]], compression: dict[str, float] | N
     return table
 
 
-def _note_failures(display: Display, result: Evaluation) -> None:
-    if result.grader_failures:
-        display.print(f"[yellow]{result.grader_failures} answers could not be graded and count as wrong[/]")
+def _note_failures(display: Display, failures: int) -> None:
+    if failures:
+        display.warn(f"{failures} answers could not be graded and count as wrong")

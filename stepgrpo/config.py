@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Word = Annotated[str, Field(min_length=1)]
 
 
 class ConfigError(ValueError):
@@ -37,7 +39,7 @@ class ModelConfig(Section):
     """Arithmetic of rollouts and of the learner's forward pass; optimizer and master weights are always float32."""
     attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
     """Attention of the learner. flash_attention_2 needs a GPU and the `flash-attn` extra; it trains on packed rows."""
-    think_close: str = "</think>"
+    think_close: Word = "</think>"
     """The marker that ends thinking; one token or several."""
 
 
@@ -83,7 +85,7 @@ class ProbeConfig(Section):
     """Text that asks for the answer."""
     closing: str | None = None
     """Text that closes thinking at an exit."""
-    stop: list[str] | None = None
+    stop: list[Word] | None = None
     """Texts that end a tentative answer."""
     skip_first: NonNegativeInt | None = None
     """First tokens of the tentative answer that do not count for confidence."""
@@ -104,7 +106,7 @@ class RolloutConfig(Section):
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
-    triggers: Annotated[list[str], Field(min_length=1)] = ["Wait"]
+    triggers: Annotated[list[Word], Field(min_length=1)] = ["Wait"]
     """Words that open a new reasoning step: standalone, case-sensitive. Steps are counted by them as well."""
     probe: ProbeConfig | None = ProbeConfig()
     """Truncated rollout; null samples plainly."""
@@ -165,7 +167,7 @@ class LearnerConfig(Section):
     """Learner ranks, one GPU (or CPU) each."""
     lr: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's betas."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's decoupled weight decay."""
@@ -265,10 +267,13 @@ class ClusterConfig(Section):
 class Config(Section):
     """A training run."""
 
+    MAX_INDUCER_TOKENS: ClassVar[int] = 64
+    """Room a probe's question gets in the engine's context, beyond prompt and response."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run lies under `<runs_dir>/<name>/`."""
     runs_dir: str = "runs"
-    """Parent of the run directory."""
+    """Parent of the run directory; where the cluster has several nodes, on a file system they share."""
     seed: NonNegativeInt = 0
     """Seed of data order, sampling and evaluation."""
     model: ModelConfig
@@ -286,6 +291,11 @@ class Config(Section):
         return Path(self.runs_dir) / self.name
 
     @property
+    def model_dir(self) -> Path:
+        """The trained model, absolute: actors have another working directory."""
+        return self.run_dir.absolute() / "model"
+
+    @property
     def updates_per_batch(self) -> int:
         return self.train.prompts_per_batch // self.train.prompts_per_update
 
@@ -301,7 +311,9 @@ class Config(Section):
     def max_model_len(self) -> int:
         """Longest sequence an engine or the learner may meet: a prompt, a response and what a probe adds to it."""
         response = max(self.rollout.max_response_tokens, self.eval.max_response_tokens if self.data.eval else 0)
-        return self.data.max_prompt_tokens + response + (256 if self.rollout.probe else 0)
+        probe = self.rollout.probe
+        question = 0 if probe is None else self.MAX_INDUCER_TOKENS + probe.max_tokens
+        return self.data.max_prompt_tokens + response + question
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -310,6 +322,17 @@ class Config(Section):
             raise ValueError(
                 f"train.prompts_per_update: got {t.prompts_per_update}, "
                 f"takes a divisor of train.prompts_per_batch ({t.prompts_per_batch})"
+            )
+        if t.refill_limit is not None and not t.refill:
+            raise ValueError(f"train.refill_limit: got {t.refill_limit}, takes null unless train.refill is true")
+        if self.rollout.control_fraction and self.rollout.probe is None:
+            raise ValueError(
+                f"rollout.control_fraction: got {self.rollout.control_fraction}, takes 0 where rollout.probe is null: "
+                "every sample is untruncated"
+            )
+        if self.eval.every and self.data.eval is None:
+            raise ValueError(
+                f"eval.every: got {self.eval.every}, takes 0 where data.eval is null: nothing to evaluate on"
             )
         if t.prompts_per_update < lrn.num_ranks:
             raise ValueError(
@@ -373,6 +396,11 @@ class SftConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def model_dir(self) -> Path:
+        """The trained model, absolute: actors have another working directory."""
+        return self.run_dir.absolute() / "model"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

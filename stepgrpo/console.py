@@ -58,6 +58,10 @@ class Display:
     def print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Print words that are not ours, such as an error's: brackets in them are no markup."""
+        self.console.print(Text(text, style="yellow"), soft_wrap=True)
+
     @contextmanager
     def phase(self, name: str, title: str) -> Iterator[Phase]:
         """Time a phase. Its closing line is printed only if it ended well: an error speaks for itself."""

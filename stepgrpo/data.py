@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stepgrpo.config import DataConfig
+from stepgrpo.config import ConfigError, DataConfig
 from stepgrpo.types import IntArray, Prompt
 
 
@@ -47,6 +47,8 @@ class Problems:
 class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
+    chat_template: Any
+
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -56,8 +58,11 @@ def load_problems(source: str, config: DataConfig, tokenizer: Tokenizer, respons
     """Read and tokenise ``source``.
 
     Raises:
+        ConfigError: a chat template is asked for and there is none.
         DataError: the source cannot be read, nothing is left, or a line is bad and `data.on_bad_line` is `fail`.
     """
+    if config.chat_template and not tokenizer.chat_template:
+        raise ConfigError("data.chat_template: got true, but the tokenizer has no chat template; set it to false")
     items, skipped = [], []
     for key, row in _rows(source, config):
         try:
@@ -78,6 +83,8 @@ def _problem(key: str, row: Any, config: DataConfig, tokenizer: Tokenizer, respo
     question = _field(key, row, config.question_field)
     # A prompt that is already a conversation (a list of messages) keeps its own turns.
     if isinstance(question, list):
+        if not all(isinstance(m, dict) and "role" in m and "content" in m for m in question):
+            raise DataError(f"{key}: field {config.question_field!r} is a list, but not of messages (role, content)")
         messages = [dict(m) for m in question]
     else:
         text = f"{question} {config.suffix}" if config.suffix else str(question)
@@ -85,10 +92,13 @@ def _problem(key: str, row: Any, config: DataConfig, tokenizer: Tokenizer, respo
     response = None if response_field is None else str(_field(key, row, response_field))
     # For supervised pairs the response is the answer; grading never sees it.
     truth = "" if response_field is not None else str(_field(key, row, config.answer_field))
-    if config.chat_template:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    else:
-        ids = tokenizer.encode("\n".join(str(m["content"]) for m in messages))
+    try:
+        if config.chat_template:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        else:
+            ids = tokenizer.encode("\n".join(str(m["content"]) for m in messages))
+    except Exception as e:  # tokenizers and templates raise all kinds
+        raise DataError(f"{key}: cannot be tokenised ({' '.join(str(e).split())[:160]})") from None
     if len(ids) > config.max_prompt_tokens:
         raise DataError(
             f"{key}: prompt of {len(ids)} tokens, longer than data.max_prompt_tokens ({config.max_prompt_tokens})"
@@ -125,7 +135,7 @@ def _rows(source: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from None
     with file:
@@ -137,6 +147,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
                 row = DataError(f"{key}: not JSON: {e.msg} at column {e.colno}")
+            except UnicodeDecodeError as e:
+                row = DataError(f"{key}: not UTF-8 at byte {e.start + 1}")
             yield key, row
 
 

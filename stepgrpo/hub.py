@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from stepgrpo.config import ConfigError
+from stepgrpo.config import Config, ConfigError, SftConfig
+
+C = TypeVar("C", Config, SftConfig)
 
 
 @lru_cache(maxsize=8)
@@ -51,6 +53,38 @@ def eos_ids(directory: Path) -> tuple[int, ...]:
     if not ids:
         raise ConfigError(f"model.path: {directory} names no eos_token_id in generation_config.json or config.json")
     return tuple(dict.fromkeys(ids))
+
+
+def max_positions(directory: Path) -> int | None:
+    """Longest sequence the model was made for, where its config says so."""
+    value = _json(directory / "config.json").get("max_position_embeddings")
+    return value if isinstance(value, int) else None
+
+
+def portable(config: C) -> C:
+    """The same config with a local checkpoint by its absolute path: actors have another working directory."""
+    path = Path(config.model.path)
+    if not path.is_dir():
+        return config
+    model = config.model.model_copy(update={"path": str(path.absolute())})
+    return config.model_copy(update={"model": model})
+
+
+def load_tokenizer(path: str) -> Any:
+    """The checkpoint's transformers tokenizer, for its chat template.
+
+    Raises:
+        ConfigError: there is none that can be used.
+    """
+    from transformers import AutoTokenizer
+
+    directory = checkpoint_files(path)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"model.path: got {path}, without a usable tokenizer ({' '.join(str(e).split())[:160]})"
+        ) from None
 
 
 def _json(path: Path) -> dict[str, Any]:

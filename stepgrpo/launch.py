@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,8 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences a warning about how a later Ray will hide GPUs from actors that ask for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A failed rollout's group is never fetched, for which Ray would print its traceback; the report's error is handled.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     private: str | None = None
     if address:
         try:
@@ -69,17 +71,17 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
         _check_port(cluster.dashboard_port)
         if cluster.temp_dir is None:
             private = tempfile.mkdtemp(prefix="sg", dir="/tmp")
-        temp_dir = private or str(cluster.temp_dir)
-        _check_temp_dir(temp_dir)
-        store = cluster.object_store_mb
-        ray.init(
-            _temp_dir=temp_dir,
-            include_dashboard=cluster.dashboard_port is not None,
-            dashboard_port=cluster.dashboard_port,
-            object_store_memory=None if store is None else store << 20,
-            **quiet,
-        )
+        _check_temp_dir(private or str(cluster.temp_dir))
     try:
+        if not address:
+            store = cluster.object_store_mb
+            ray.init(
+                _temp_dir=private or cluster.temp_dir,
+                include_dashboard=cluster.dashboard_port is not None,
+                dashboard_port=cluster.dashboard_port,
+                object_store_memory=None if store is None else store << 20,
+                **quiet,
+            )
         check_resources(ray.cluster_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]], bundles)
         yield
     except ConfigError:
@@ -123,6 +125,8 @@ def check_resources(total: dict[str, float], nodes: Sequence[dict[str, float]], 
 
 def _check_address(address: str) -> None:
     """Knock first: Ray itself tries for five minutes before it gives up."""
+    if "://" in address:
+        raise ValueError("takes host:port or auto; from outside a cluster use `ray job submit`")
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -187,6 +191,17 @@ def place(group: Any, index: int, bundle: Bundle) -> dict[str, Any]:
     }
 
 
+async def together(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Await all, in any order; the first failure is raised at once and cancels the rest."""
+
+    async def one(a: Awaitable[Any]) -> Any:
+        return await a
+
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(one(a)) for a in awaitables]
+    return [t.result() for t in running]
+
+
 async def within(awaitable: Awaitable[T], seconds: float, what: str) -> T:
     """Await with a limit.
 
@@ -194,9 +209,11 @@ async def within(awaitable: Awaitable[T], seconds: float, what: str) -> T:
         TimeoutError: names ``what`` did not come.
     """
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
             return await awaitable
     except TimeoutError:
+        if not limit.expired():
+            raise  # one of its own
         raise TimeoutError(f"{what} did not come within {seconds:g} s (cluster.start_timeout)") from None
 
 

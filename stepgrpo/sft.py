@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from stepgrpo import launch
+from stepgrpo import launch, rundir
 from stepgrpo.config import SftConfig
 from stepgrpo.console import Display
+from stepgrpo.crew import learner_bundles, learner_crew, saved
 from stepgrpo.data import DataError, Problem, load_problems
-from stepgrpo.hub import checkpoint_files, eos_ids
-from stepgrpo.run import (
-    answer,
-    cancel_on_sigterm,
-    claim_directory,
-    close,
-    learner_bundles,
-    load_tokenizer,
-    note_skipped,
-    save_json,
-    save_model,
-    set_up_ranks,
-    start_ranks,
-)
+from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, portable
+from stepgrpo.launch import together
+from stepgrpo.run import cancel_on_sigterm, note_skipped
 from stepgrpo.tokens import Codec
 from stepgrpo.types import IntArray
 
@@ -42,68 +31,69 @@ def train(config: SftConfig, display: Display) -> dict[str, Any]:
         ConfigError, DataError: something the user must change.
     """
     with display.phase("prepare", "reading model and data") as phase:
-        claim_directory(config.run_dir)
+        rundir.claim(config.run_dir)
+        config = portable(config)
         data = load_problems(config.data.train, config.data, load_tokenizer(config.model.path), config.response_field)
         note_skipped(display, data)
-        pairs = _pairs(config, data.items)
+        pairs = _pairs(config, data.items, display)
         phase.result = f"{len(pairs):,} pairs"
-    save_json(config.run_dir / "config.json", config.model_dump())
-    bundles = learner_bundles(config)
-    with launch.session(config.cluster, bundles):
-        return asyncio.run(_train(config, display, pairs, bundles))
+    with launch.session(config.cluster, learner_bundles(config)):
+        rundir.save_json(config.run_dir / "config.json", config.model_dump())
+        with rundir.recorded(config.run_dir, display.seconds) as summary:
+            asyncio.run(_train(config, display, pairs, summary))
+    return summary
 
 
-def _pairs(config: SftConfig, problems: Sequence[Problem]) -> list[Pair]:
+def _pairs(config: SftConfig, problems: Sequence[Problem], display: Display) -> list[Pair]:
+    """
+    Raises:
+        DataError: a pair cannot be spelt or is too long, and `data.on_bad_line` is `fail`; or none is left.
+    """
     directory = checkpoint_files(config.model.path)
     codec, eos = Codec.from_dir(directory), eos_ids(directory)[0]
-    pairs = []
+    pairs, bad = [], []
     for p in problems:
         assert p.response is not None
-        ids = codec.encode(p.response)
-        if ids[-1] != eos:
+        try:
+            ids = codec.encode(p.response)
+        except ValueError as e:
+            bad.append(f"{p.key}: {e}")
+            continue
+        if not ids or ids[-1] != eos:
             ids = [*ids, eos]
-        if len(p.token_ids) + len(ids) > config.max_tokens:
-            raise DataError(
-                f"{p.key}: a pair of {len(p.token_ids) + len(ids)} tokens, longer than max_tokens ({config.max_tokens})"
-            )
+        length = len(p.token_ids) + len(ids)
+        if length > config.max_tokens:
+            bad.append(f"{p.key}: a pair of {length} tokens, longer than max_tokens ({config.max_tokens})")
+            continue
         pairs.append((p.token_ids, np.asarray(ids, np.int32)))
+    if bad and (config.data.on_bad_line == "fail" or not pairs):
+        raise DataError(f"{bad[0]} (data.on_bad_line=skip leaves such lines out)")
+    if bad:
+        display.warn(f"{len(bad)} bad pairs left out (data.on_bad_line), the first: {bad[0]}")
     return pairs
 
 
-async def _train(
-    config: SftConfig, display: Display, pairs: Sequence[Pair], bundles: Sequence[launch.Bundle]
-) -> dict[str, Any]:
+async def _train(config: SftConfig, display: Display, pairs: Sequence[Pair], summary: dict[str, Any]) -> None:
     import ray
 
     cancel_on_sigterm()
     per_epoch = math.ceil(len(pairs) / config.batch_size)
     total = per_epoch * config.epochs
-    with display.phase("start", "starting DeepSpeed"):
-        group = await launch.reserve(bundles, config.cluster.start_timeout)
-        options = [launch.place(group, i, b) for i, b in enumerate(bundles)]
-        ranks = start_ranks(config.learner, config.model, config.cluster.device, total, options)
-        await launch.within(set_up_ranks(ranks), config.cluster.start_timeout, "the learner")
-    try:
-        losses = []
-        with (
-            display.phase("train", f"training, {total} updates") as phase,
-            (config.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as log,
-        ):
+    losses: list[float] = []
+    async with (
+        learner_crew(config, display, total) as ranks,
+        saved(ranks, config.model_dir, display, lambda: bool(losses)),
+    ):
+        with display.phase("train", f"training, {total} updates") as phase:
             for update in range(total):
                 epoch, position = divmod(update, per_epoch)
                 order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
                 chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
                 ref = ray.put([pairs[i] for i in chosen])
-                results = await asyncio.gather(*(answer(r.train_pairs.remote([ref])) for r in ranks))
+                results = await together(r.train_pairs.remote([ref]) for r in ranks)
                 losses.append(results[0]["policy/loss"])
-                log.write(json.dumps({"update": update + 1, "epoch": (update + 1) / per_epoch, **results[0]}) + "\n")
-                phase.show(f"update {update + 1}/{total}  loss {losses[-1]:.4f}", update + 1, total)
+                summary |= {"updates": update + 1, "loss": {"first": losses[0], "last": losses[-1]}}
+                line = {"update": update + 1, "epoch": (update + 1) / per_epoch, **results[0]}
+                rundir.append_json(config.run_dir / "metrics.jsonl", line)
+                phase.show(f"loss {losses[-1]:.4f}", update + 1, total)
             phase.result = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-        with display.phase("save", "saving the model"):
-            await save_model(ranks, config.run_dir / "model")
-    finally:
-        await close((), ranks)
-    seconds = {k: round(v, 2) for k, v in display.seconds.items()}
-    summary = {"name": config.name, "updates": total, "loss": {"first": losses[0], "last": losses[-1]}}
-    save_json(config.run_dir / "summary.json", {**summary, "seconds": seconds})
-    return summary

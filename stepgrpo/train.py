@@ -20,14 +20,14 @@ finished rollout, a closed batch or a loaded version); the learner for the next 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from ray.exceptions import RayError
 
 from stepgrpo import metrics
 from stepgrpo.actors.worker import LoadReport
@@ -36,10 +36,12 @@ from stepgrpo.config import Config
 from stepgrpo.console import Display, Phase, clock
 from stepgrpo.data import PromptStream
 from stepgrpo.evaluate import Evaluation, decode, evaluation
+from stepgrpo.launch import together
 from stepgrpo.learner.batch import Plan, make_plan
 from stepgrpo.reward.credit import advantages, has_signal
 from stepgrpo.reward.schemes import make_scheme
-from stepgrpo.types import GradedGroup, Prompt, RolloutReport, WeightVersion
+from stepgrpo.rundir import append_json
+from stepgrpo.types import GradedGroup, Prompt, WeightVersion
 
 
 class TrainError(RuntimeError):
@@ -63,7 +65,6 @@ class Seat:
 class Settled:
     graded: GradedGroup
     ref: Any
-    report: RolloutReport
 
 
 class Loop:
@@ -115,15 +116,14 @@ class Loop:
                     batch = await self._closed_batch()
                     waited = time.monotonic() - last
                     await self._train_batch(batch, waited, last)
-                    last = time.monotonic()
                     self._show(phase, started, index + 1)
                     if self._eval_due(index + 1):
                         await self._start_evaluation()
+                    last = time.monotonic()
                 feeder.cancel()
                 phase.result = f"{self.update} updates"
         assert self.ledger.in_flight == 0, "draws left over: neither trained on nor filtered"
-        async with self._frozen():
-            pass  # every engine holds the last version from here on
+        assert all(s.version == c.train.num_batches for s in self.seats), "an engine without the last weights"
         after = await self._evaluate_phase("after", "the trained model")
         return {"before": before, "after": after}
 
@@ -138,32 +138,23 @@ class Loop:
                 seat = max(free, key=lambda s: (s.version, -s.in_flight), default=None)
                 if seat is None or not self.ledger.may_admit(seat.version):
                     break
-                seat.in_flight += 1
+                self._enter(seat)
                 self._tasks.create_task(self._rollout(self.ledger.admit(), seat))
             await self._wake.wait()
 
     async def _rollout(self, draw: int, seat: Seat) -> None:
-        self._mark_busy()
-        try:
-            settled = await self._attempts(draw, seat)
-        finally:
-            seat.in_flight -= 1
-            self._mark_busy()
-            self._wake.set()
-        rewards = self.scheme([settled.graded])[0]
-        self.settled[draw] = settled
-        self.ledger.settle(draw, keep=not self.config.train.refill or has_signal(rewards))
-        self._wake.set()
-        self._closable.set()
-
-    async def _attempts(self, draw: int, seat: Seat) -> Settled:
-        """A failed group is sampled again from the same seeds; too many failures in a row stop the run."""
+        """Sample and grade one draw. A failed group is sampled again from the same seeds; too many failures in a row
+        stop the run."""
         prompt = self.stream[draw]
         while True:
             try:
-                report_ref, group_ref = seat.actor.roll.remote(prompt)
-                report = await report_ref
-                graded = await self.ranks[draw % len(self.ranks)].ingest.remote([group_ref])
+                try:
+                    done, group = seat.actor.roll.remote(prompt)
+                    await done
+                finally:
+                    self._leave(seat)  # grading does not keep an engine from the next draw
+                graded: GradedGroup = await self.ranks[draw % len(self.ranks)].ingest.remote([group])
+                break
             except Exception as e:  # whatever the remote side raised: the draw must not get lost
                 self.failures += 1
                 if self.failures >= self.config.train.max_failures:
@@ -171,10 +162,22 @@ class Loop:
                         f"{self.failures} rollouts failed in a row (train.max_failures); the last, "
                         f"draw {draw} ({prompt.key}): {one_line(e)}"
                     ) from e
-                self.display.print(f"[yellow]draw {draw} ({prompt.key}) failed and is sampled again:[/] {one_line(e)}")
-            else:
-                self.failures = 0
-                return Settled(graded, group_ref, report)
+                self.display.warn(f"draw {draw} ({prompt.key}) failed and is sampled again: {one_line(e)}")
+                self._enter(seat)
+        self.failures = 0
+        self.settled[draw] = Settled(graded, group)
+        self.ledger.settle(draw, keep=not self.config.train.refill or has_signal(self.scheme([graded])[0]))
+        self._wake.set()
+        self._closable.set()
+
+    def _enter(self, seat: Seat) -> None:
+        seat.in_flight += 1
+        self._mark_busy()
+
+    def _leave(self, seat: Seat) -> None:
+        seat.in_flight -= 1
+        self._mark_busy()
+        self._wake.set()
 
     def _mark_busy(self) -> None:
         """Account the seconds in which anything is being generated."""
@@ -210,8 +213,8 @@ class Loop:
             packed=c.model.attention == "flash_attention_2",
         )
         if len(groups) < c.train.prompts_per_batch:
-            self.display.print(
-                f"[yellow]batch {batch.index} trains on {len(groups)} of {c.train.prompts_per_batch} groups:[/] "
+            self.display.warn(
+                f"batch {batch.index} trains on {len(groups)} of {c.train.prompts_per_batch} groups: "
                 f"{len(batch.filtered)} had no signal (train.refill_limit)"
             )
         stale = max((batch.index - f.oldest_version for g in groups for f in g.facts), default=0)
@@ -219,14 +222,13 @@ class Loop:
 
         refs = {d: used[d].ref for d in batch.kept}
         start = time.monotonic()
-        results = await _all(r.update.remote(plan, refs) for r in self.ranks)
+        results = await together(r.update.remote(plan, refs) for r in self.ranks)
         trained = time.monotonic()
         size = await self._publish(batch.index + 1)
         published = time.monotonic()
 
         self._mark_busy()
-        reports = [s.report for s in used.values()]
-        timing = {
+        of_batch = {
             "time/batch": published - last,
             "time/wait": waited,
             "time/generate": self._busy_seconds,
@@ -235,11 +237,13 @@ class Loop:
             "time/publish": published - trained,
             "time/sync": self._sync_seconds,
             "time/paused": max((r.paused_seconds for r in self._loads), default=math.nan),
-            "rate/tokens": sum(r.response_tokens for r in reports) / (published - last),
+            "rate/tokens": sum(f.num_tokens for s in used.values() for f in s.graded.facts) / (published - last),
             "weights/bytes": size,
+            "reward/filtered": len(batch.filtered),
+            "reward/missing": c.train.prompts_per_batch - len(batch.kept),
         }
         self._busy_seconds, self._loads = 0.0, []
-        self._log_batch(batch, plan, groups, rewards, results[0], timing)
+        self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
 
     def _log_batch(
         self,
@@ -248,7 +252,7 @@ class Loop:
         groups: Sequence[GradedGroup],
         rewards: Sequence[Any],
         results: Sequence[dict[str, float]],
-        timing: dict[str, float],
+        of_batch: dict[str, float],
     ) -> None:
         c = self.config
         by_draw = {g.draw: (g, r) for g, r in zip(groups, rewards, strict=True)}
@@ -261,24 +265,24 @@ class Loop:
                 "batch": batch.index,
                 "epoch": (max(batch.kept) + 1) / len(self.stream),
                 **metrics.of_groups([g for g, _ in of_update], [r for _, r in of_update], batch.index, c.reward.alpha),
-                "reward/filtered": len(batch.filtered),
-                "reward/missing": c.train.prompts_per_batch - len(batch.kept),
                 **result,
-                **(timing if i == len(plan.updates) - 1 else {}),
+                **(of_batch if i == len(plan.updates) - 1 else {}),
             }
             self.log.write(self.row)
-        _append(c.run_dir / "draws.jsonl", {"batch": batch.index, "trained": batch.kept, "filtered": batch.filtered})
+        append_json(
+            c.run_dir / "draws.jsonl", {"batch": batch.index, "trained": batch.kept, "filtered": batch.filtered}
+        )
 
     async def _publish(self, version: int) -> int:
         """The learner's weights into the object store; workers fetch them while they go on decoding. Their bytes."""
-        parts = await _all(r.publish.remote(version) for r in self.ranks)
+        parts = await together(r.publish.remote(version) for r in self.ranks)
         self.weights = WeightVersion(version, tuple(m for m, _ in parts), tuple(tuple(b) for _, b in parts))
         self._tasks.create_task(self._spread())
         return self.weights.num_bytes
 
     async def _spread(self) -> None:
         start = time.monotonic()
-        self._loads = await _all(self._load(s) for s in self.seats)
+        self._loads = await together(self._load(s) for s in self.seats)
         self._sync_seconds = time.monotonic() - start
 
     async def _load(self, seat: Seat) -> LoadReport:
@@ -309,7 +313,7 @@ class Loop:
             for s in self.seats:
                 await s.loading.acquire()
                 held.append(s)
-            await _all(self._load_locked(s) for s in self.seats)
+            await together(self._load_locked(s) for s in self.seats)
             yield self.seats[0].version
         finally:
             for s in held:
@@ -352,9 +356,10 @@ class Loop:
                 phase.show(f"{done} problems", done, len(prompts))
 
         groups = await decode([s.actor for s in self.seats], prompts, progress)
-        assert {f.oldest_version for g in groups for f in g.facts} == {version}, "an evaluation met two versions"
+        met = {v for g in groups for f in g.facts for v in (f.oldest_version, f.newest_version)}
+        assert met == {version}, f"an evaluation of version {version} met {met}"
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)
-        _append(self.config.run_dir / "evaluations.jsonl", {"update": update, **result.as_dict()})
+        append_json(self.config.run_dir / "evaluations.jsonl", {"update": update, **result.as_dict()})
         self.log.evaluation(
             {"accuracy": result.accuracy.mean, "tokens": result.tokens.mean, "steps": result.steps.mean}, self.update
         )
@@ -379,17 +384,6 @@ class Loop:
         phase.show(" · ".join(p for p in parts if p), batches_done, c.train.num_batches)
 
 
-async def _all(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Await together; the first failure is raised at once and cancels the rest."""
-
-    async def one(a: Awaitable[Any]) -> Any:
-        return await a
-
-    async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(one(a)) for a in awaitables]
-    return [t.result() for t in running]
-
-
 def root_cause(error: BaseException) -> BaseException:
     """The first cause, out of whatever Ray and task groups wrapped around it."""
     while True:
@@ -402,12 +396,8 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and first line of the first cause."""
+    """Kind of the first cause, and as much of its message as says why."""
     first = root_cause(error)
-    text = str(first).strip().splitlines()
-    return f"{type(first).__name__}: {text[0] if text else 'no message'}"
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()] or ["no message"]
+    # Ray names the dead actor and the reason in the lines below its headline.
+    return f"{type(first).__name__}: {' '.join(lines[:6] if isinstance(first, RayError) else lines[:1])}"

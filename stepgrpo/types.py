@@ -157,6 +157,10 @@ class Trajectory:
     def oldest_version(self) -> int:
         return min(s.version for s in self.spans)
 
+    @property
+    def newest_version(self) -> int:
+        return max(s.version for s in self.spans)
+
     def loss_mask(self, train_exit_tokens: bool) -> BoolArray:
         """[T] the tokens the loss reads: sampled ones, and the closing of a confident exit if that is trained.
 
@@ -197,19 +201,6 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutReport:
-    """The small half of what a rollout returns; the group itself stays in the node's object store."""
-
-    draw: int
-    oldest_version: int
-    newest_version: int
-    response_tokens: int
-    probe_tokens: int
-    discarded_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class TrajectoryFacts:
     """What the driver learns of one graded trajectory: everything a reward scheme or a metric reads, no tokens."""
 
@@ -227,6 +218,7 @@ class TrajectoryFacts:
     complete: bool
     control: bool
     oldest_version: int
+    newest_version: int
     probe_confidences: tuple[float, ...]
     probe_verdicts: tuple[Verdict, ...]
     probe_tokens: int

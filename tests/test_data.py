@@ -16,6 +16,8 @@ SHARED = Path(os.environ.get("STEPGRPO_SHARED", "../shared"))
 class Words:
     """A tokenizer: one id per word, a template that wraps the question."""
 
+    chat_template = "{{ messages }}"
+
     def __init__(self):
         self.ids = {}
 

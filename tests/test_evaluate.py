@@ -22,6 +22,7 @@ def facts(correct=True, tokens=10, steps=2, **changes):
         complete=True,
         control=False,
         oldest_version=0,
+        newest_version=0,
         probe_confidences=(),
         probe_verdicts=(),
         probe_tokens=0,

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from tests.test_evaluate import facts
 
 from stepgrpo.metrics import METRICS, RunLog, of_groups
 from stepgrpo.types import Exit, GradedGroup, Verdict
+from tests.test_evaluate import facts
 
 NAN = float("nan")
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import ray
 import torch
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.cluster_utils import Cluster
@@ -60,6 +59,7 @@ SMALL = [
 ENDLESS = [*SMALL, "train.num_batches=10000", "eval.num_prompts=4"]
 SECONDS_TO_START = 300.0
 SECONDS_TO_STOP = 10.0
+ACTORS = ("ray::RolloutWorker", "ray::LearnerWorker", "VLLM::EngineCore")
 
 Json = dict[str, Any]
 
@@ -161,7 +161,7 @@ def test_an_on_policy_run_meets_only_tokens_of_its_own_version(twins: tuple[Run,
     lines = twins[0].lines("metrics")
     assert [x["staleness/max"] for x in lines] == [0] * len(lines)
     assert all(x["mismatch/max"] < 1e-4 for x in lines), "float32 on both sides"
-    assert all(x["importance/mean"] == pytest.approx(1, abs=1e-4) for x in lines if x["update"] % 2), "old is behaviour"
+    assert [x["importance/mean"] for x in lines] == pytest.approx([1] * len(lines), abs=1e-4), "old is behaviour"
 
 
 def test_groups_without_signal_are_replaced(twins: tuple[Run, Run]) -> None:
@@ -207,6 +207,16 @@ class Watch:
 
 def descendants() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
+
+
+def titled(processes: Sequence[psutil.Process], *titles: str) -> list[psutil.Process]:
+    """Those whose title begins so."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            if "".join(process.cmdline()[:1]).startswith(titles):
+                found.append(process)
+    return found
 
 
 def shared_memory(processes: Sequence[psutil.Process]) -> set[Path]:
@@ -402,10 +412,8 @@ def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyP
         alone.delenv("RAY_ADDRESS", raising=False)
         with in_training(tmp_path) as (process, run_dir, screen):
             started = psutil.Process(process.pid).children(recursive=True)
-            names = " ".join(" ".join(p.cmdline()) for p in started if is_alive(p))
-            assert all(name in names for name in ("raylet", "RolloutWorker", "LearnerWorker", "EngineCore"))
             weights = shared_memory(started)
-            assert weights
+            assert len(titled(started, *ACTORS)) == 3 and weights
             os.killpg(process.pid, signal.SIGINT)
             assert process.wait(SECONDS_TO_STOP) == 130
     wait_for(lambda: not any(map(is_alive, started)), 3, "the end of every process")
@@ -418,9 +426,9 @@ def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyP
 def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Path) -> None:
     """As `ray job stop` does it."""
     with in_training(tmp_path) as (process, run_dir, screen):
-        actors = [p for p in descendants() if "Worker" in " ".join(p.cmdline()) or "EngineCore" in p.name()]
+        actors = titled(descendants(), *ACTORS)
         weights = shared_memory(actors)
-        assert weights
+        assert len(actors) == 3 and weights
         process.terminate()
         assert process.wait(SECONDS_TO_STOP) == 130
     wait_for(lambda: not any(map(is_alive, actors)), 10, "the end of every actor")
@@ -435,10 +443,9 @@ def test_a_run_whose_engine_dies_ends_by_itself_and_says_so(cluster: str, tmp_pa
 
     def kill() -> None:
         wait_for(lambda: metrics.exists() and len(read_lines(metrics)) > 4, SECONDS_TO_START, "training")
-        for process in descendants():
-            if "EngineCore" in " ".join(process.cmdline()):
-                killed.append(process)
-                process.kill()
+        killed.extend(titled(descendants(), "VLLM::EngineCore"))
+        for process in killed:
+            process.kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -446,8 +453,8 @@ def test_a_run_whose_engine_dies_ends_by_itself_and_says_so(cluster: str, tmp_pa
     thread.join()
     assert killed
     assert result.exit_code == 1
-    assert result.output.splitlines()[-1].startswith("error: ")
-    assert "the vLLM engine died: its process died" in result.output.splitlines()[-1]
+    assert "error: " in result.output and "the vLLM engine died" in result.output.splitlines()[-1]
+    assert "Traceback" not in result.output and " File " not in result.output
     assert json.loads((tmp_path / "x" / "summary.json").read_text())["status"] == "failed"
     assert "EngineDied" in (tmp_path / "x" / "error.txt").read_text()
 
@@ -470,26 +477,13 @@ def test_more_than_the_cluster_has_is_refused_and_leaves_the_name_free(cluster: 
 def test_sft_lowers_the_loss_and_its_model_loads(cluster: str, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in sft_rows(2, 200)))
-    config = tmp_path / "sft.yaml"
-    config.write_text(
-        f"""
-        name: brief
-        runs_dir: {tmp_path}
-        model: {{path: {MINIATURE / "model"}, dtype: float32}}
-        data: {{train: {pairs}}}
-        epochs: 3
-        batch_size: 20
-        max_tokens: 256
-        learner: {{lr: 1.0e-3, micro_batch_tokens: 4096}}
-        cluster: {{device: cpu}}
-        """
-    )
-    result = CliRunner().invoke(app, ["sft", str(config)])
+    settings = ["name=brief", f"runs_dir={tmp_path}", INPUTS[0], f"data.train={pairs}", "batch_size=20", "epochs=6"]
+    result = CliRunner().invoke(app, ["sft", str(MINIATURE / "sft.yaml"), *settings])
     assert result.exit_code == 0, result.output
-    losses = np.array([x["policy/loss"] for x in read_lines(tmp_path / "brief" / "metrics.jsonl")]).reshape(3, 10)
-    assert losses[2].mean() < 0.9 * losses[0].mean()
+    losses = np.array([x["policy/loss"] for x in read_lines(tmp_path / "brief" / "metrics.jsonl")]).reshape(6, 10)
+    assert losses[5].mean() < 0.9 * losses[0].mean()
     summary = json.loads((tmp_path / "brief" / "summary.json").read_text())
-    assert summary["loss"] == {"first": losses[0, 0], "last": losses[2, 9]}
+    assert summary["loss"] == {"first": losses[0, 0], "last": losses[5, 9]}
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "brief" / "model").state_dict()
     start = AutoModelForCausalLM.from_pretrained(MINIATURE / "model").state_dict()
     assert trained.keys() == start.keys() and any(not torch.equal(trained[k], start[k]) for k in start)

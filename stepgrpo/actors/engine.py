@@ -278,8 +278,11 @@ def engine_args(
         dtype=model.dtype,
         seed=seed,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        # A quarter more than think at a time: priority puts probes and answers first in the queue, but frees no place.
+        max_num_seqs=config.max_num_seqs + -(-config.max_num_seqs // 4),
         tensor_parallel_size=config.tensor_parallel,
+        # In an actor vLLM would choose Ray, and ask the cluster for GPUs that the actor itself holds.
+        distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager or device == "cpu",
         enable_prefix_caching=True,

@@ -105,12 +105,22 @@ class Preset:
                 f"rollout.probe.{'inducer' if keep_answer else 'closing'}: got {closing!r}, takes a text with "
                 f"{think_close!r} in it, because it closes thinking"
             )
+        skip_first = _given(config.skip_first, 0 if keep_answer else 1)
+        if skip_first >= config.max_tokens:
+            raise ValueError(
+                f"rollout.probe.skip_first: got {skip_first}, takes less than rollout.probe.max_tokens "
+                f"({config.max_tokens}): otherwise no token counts and no probe can pass"
+            )
+        stop = tuple(_given(config.stop, [] if keep_answer else [think_close]))
+        require_close = _given(config.require_close, not keep_answer)
+        if require_close and not stop:
+            raise ValueError("rollout.probe.stop: got none, takes a text where rollout.probe.require_close is true")
         return cls(
             inducer=inducer,
             closing=closing,
-            stop=tuple(_given(config.stop, [] if keep_answer else [think_close])),
-            skip_first=_given(config.skip_first, 0 if keep_answer else 1),
-            require_close=_given(config.require_close, not keep_answer),
+            stop=stop,
+            skip_first=skip_first,
+            require_close=require_close,
             keep_answer=keep_answer,
             delta=config.delta,
             max_tokens=config.max_tokens,

@@ -19,8 +19,8 @@ from stepgrpo.hub import checkpoint_files, eos_ids
 from stepgrpo.reward.graded import grade_group
 from stepgrpo.reward.outcome import make_grader
 from stepgrpo.tokens import Codec
-from stepgrpo.types import GradedGroup, Group, Prompt, RolloutReport, WeightVersion
-from stepgrpo.weights import SharedWeights
+from stepgrpo.types import GradedGroup, Group, Prompt, WeightVersion
+from stepgrpo.weights import SharedWeights, WeightsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +64,11 @@ class RolloutWorker:
         return str(ray.get_runtime_context().get_node_id())
 
     @ray.method(num_returns=2)
-    async def roll(self, prompt: Prompt) -> tuple[RolloutReport, Group]:
-        """Sample one group. The report is small and goes to the driver; the group stays in this node's object store."""
-        start = time.monotonic()
+    async def roll(self, prompt: Prompt) -> tuple[int, Group]:
+        """Sample one group. The driver takes its number of response tokens, and passes on the reference to the group,
+        which stays in this node's object store."""
         group = await self._rollout.group(prompt, self._config.rollout.group_size)
-        trajectories = group.trajectories
-        report = RolloutReport(
-            draw=prompt.draw,
-            oldest_version=min(t.oldest_version for t in trajectories),
-            newest_version=max(s.version for t in trajectories for s in t.spans),
-            response_tokens=sum(t.num_tokens for t in trajectories),
-            probe_tokens=sum(t.probe_tokens for t in trajectories),
-            discarded_tokens=sum(t.discarded_tokens for t in trajectories),
-            seconds=time.monotonic() - start,
-        )
-        return report, group
+        return sum(t.num_tokens for t in group.trajectories), group
 
     async def evaluate(self, prompts: list[Prompt]) -> list[GradedGroup]:
         """Decode plainly and grade. The caller sees to it that no weights are loaded meanwhile."""
@@ -92,20 +82,26 @@ class RolloutWorker:
     async def load(self, weights: WeightVersion) -> LoadReport:
         """Fetch a version once per node, then change to it between two tokens."""
         start = time.monotonic()
-        # Nodes begin with different ranks, so that they do not all pull from the same one first.
-        fetched = await asyncio.to_thread(
-            self._shared.store, weights.version, weights.manifests, partial(_fetch, weights), first=self._index
-        )
-        assembled = time.monotonic()
-        with self._shared.reading(weights.version) as (path, table):
-            paused = await self._engine.load(weights.version, path, table)
-        return LoadReport(weights.version, weights.num_bytes if fetched else 0, assembled - start, paused)
+        while True:
+            # Nodes begin with different ranks, so that they do not all pull from the same one first.
+            fetched = await asyncio.to_thread(
+                self._shared.store, weights.version, weights.manifests, partial(_fetch, weights), first=self._index
+            )
+            assembled = time.monotonic()
+            try:
+                with self._shared.reading(weights.version) as (path, table):
+                    paused = await self._engine.load(weights.version, path, table)
+            except WeightsError:
+                continue  # other workers of the node have stored two newer versions since
+            return LoadReport(weights.version, weights.num_bytes if fetched else 0, assembled - start, paused)
 
     async def close(self) -> None:
-        """Stop the engine process and give the shared memory back."""
-        self._engine.close()
-        self._grader.close()
+        """Give the shared memory back and stop the engine process; also after a start that failed."""
+        # The engine last: it may be slow, and its driver impatient. Unlinking what it maps is harmless.
         self._shared.close()
+        for part in ("_grader", "_engine"):
+            if hasattr(self, part):
+                getattr(self, part).close()
 
 
 def _fetch(weights: WeightVersion, rank: int, bucket: int) -> Any:

@@ -242,7 +242,7 @@ class LearnerEngine:
             ``policy/grad_norm`` and ``policy/loss_tokens``, the same on all ranks.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the weights are lost.
+            FloatingPointError: the gradient is not finite; the weights are those before the update.
         """
         assert batches, "a rank without work passes an empty micro-batch"
         for group in self._optimizer.param_groups:
@@ -256,7 +256,9 @@ class LearnerEngine:
         self._policy.step()
         grad_norm = float(self._policy.get_global_grad_norm())
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm is {grad_norm}: restart from a checkpoint with a lower learner.lr")
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm}: this update was not made; start again with a lower learner.lr"
+            )
         means, counts = _combine(sums)
         return means | {
             "policy/lr": lr,

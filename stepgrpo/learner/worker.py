@@ -119,14 +119,15 @@ class LearnerWorker:
             Metrics of each update, the same on all ranks.
         """
         assert plan.advantages.keys() == groups.keys(), "the plan's draws and the groups' differ"
-        draws = sorted(plan.draws(self._rank))
-        fetched = await asyncio.gather(*(groups[d] for d in draws))
-        return await self._run(self._update, plan, dict(zip(draws, fetched, strict=True)))
+        return await self._run(self._update, plan, groups)
 
-    def _update(self, plan: Plan, groups: Mapping[int, Group]) -> list[dict[str, float]]:
+    def _update(self, plan: Plan, refs: Mapping[int, Any]) -> list[dict[str, float]]:
         from stepgrpo.learner.loss import policy_loss
 
         c, engine = self._config, self._engine
+        # Fetched on this thread: awaited outside, a later call could overtake this one on some ranks.
+        draws = sorted(plan.draws(self._rank))
+        groups: dict[int, Group] = dict(zip(draws, ray.get([refs[d] for d in draws]), strict=True))
         work = [[self._collate(rows, plan, groups) for rows in u.micro_batches[self._rank]] for u in plan.updates]
         if self._with_reference:
             work = [[dataclasses.replace(b, reference=engine.reference_logprobs(b)) for b in bs] for bs in work]
@@ -163,12 +164,12 @@ class LearnerWorker:
         Returns:
             Metrics, the same on all ranks.
         """
-        return await self._run(self._train_pairs, await pairs[0])
+        return await self._run(self._train_pairs, pairs[0])
 
-    def _train_pairs(self, pairs: Sequence[Pair]) -> dict[str, float]:
+    def _train_pairs(self, pairs: Any) -> dict[str, float]:
         from stepgrpo.learner.loss import nll_loss
 
-        samples = [pair_sample(prompt, response) for prompt, response in pairs]
+        samples = [pair_sample(prompt, response) for prompt, response in ray.get(pairs)]
         shares = partition(
             [len(s.token_ids) for s in samples],
             num_ranks=self._world_size,

@@ -29,6 +29,7 @@ async def grade_group(
             complete=t.complete,
             control=t.control,
             oldest_version=t.oldest_version,
+            newest_version=t.newest_version,
             probe_confidences=tuple(p.confidence for p in t.probes),
             probe_verdicts=tuple(p.verdict for p in t.probes),
             probe_tokens=t.probe_tokens,

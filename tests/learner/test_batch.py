@@ -43,6 +43,7 @@ def graded(draw: int, lengths: list[int]) -> GradedGroup:
                 complete=True,
                 control=False,
                 oldest_version=0,
+                newest_version=0,
                 probe_confidences=(),
                 probe_verdicts=(),
                 probe_tokens=0,

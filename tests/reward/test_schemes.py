@@ -64,6 +64,7 @@ def graded(draw: int, correct: Sequence[int], steps: Sequence[int]) -> GradedGro
             complete=True,
             control=False,
             oldest_version=0,
+            newest_version=0,
             probe_confidences=(),
             probe_verdicts=(),
             probe_tokens=0,

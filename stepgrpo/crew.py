@@ -1,0 +1,155 @@
+"""The actors of a run: what they take of a cluster, started together, stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from stepgrpo import launch
+from stepgrpo.config import Config, SftConfig
+from stepgrpo.console import Display
+from stepgrpo.launch import Bundle, together
+
+# An interrupted run is over within ten seconds: this, the closing and Ray's own end.
+SAVE_SECONDS_WHEN_INTERRUPTED = 4.0
+SAVE_SECONDS_AFTER_A_FAILURE = 120.0
+CLOSE_SECONDS = 2.0
+
+
+def rollout_bundles(config: Config) -> list[Bundle]:
+    gpus = config.engine.tensor_parallel if config.cluster.device == "cuda" else 0
+    return [Bundle("rollout.num_workers", config.cluster.cpus_per_worker, gpus)] * config.rollout.num_workers
+
+
+def learner_bundles(config: Config | SftConfig) -> list[Bundle]:
+    gpus = 1 if config.cluster.device == "cuda" else 0
+    return [Bundle("learner.num_ranks", config.cluster.cpus_per_rank, gpus)] * config.learner.num_ranks
+
+
+@asynccontextmanager
+async def rollout_crew(
+    config: Config, display: Display, bundles: Sequence[Bundle]
+) -> AsyncIterator[tuple[list[Any], list[Any]]]:
+    """Rollout workers and, where ``bundles`` has places beyond theirs, learner ranks."""
+    num_workers = config.rollout.num_workers
+    with display.phase("start", "starting vLLM and DeepSpeed" if len(bundles) > num_workers else "starting vLLM"):
+        group = await launch.reserve(bundles, config.cluster.start_timeout)
+        places = [launch.place(group, i, b) for i, b in enumerate(bundles)]
+        token = launch.run_token()
+        workers = [_start_worker(config, token, i, place) for i, place in enumerate(places[:num_workers])]
+        ranks = _start_ranks(
+            config,
+            places[num_workers:],
+            config.train.num_batches * config.updates_per_batch,
+            temperature=config.rollout.temperature,
+            reward=config.reward,
+            triggers=config.rollout.triggers,
+        )
+        setups = [w.start.remote() for w in workers] + ([_set_up(ranks)] if ranks else [])
+        await _started(setups, workers, ranks, config.cluster.start_timeout)
+    try:
+        yield workers, ranks
+    finally:
+        await _close(workers, ranks)
+
+
+@asynccontextmanager
+async def learner_crew(config: SftConfig, display: Display, total_updates: int) -> AsyncIterator[list[Any]]:
+    """Learner ranks alone, which neither grade nor have a reference."""
+    bundles = learner_bundles(config)
+    with display.phase("start", "starting DeepSpeed"):
+        group = await launch.reserve(bundles, config.cluster.start_timeout)
+        ranks = _start_ranks(config, [launch.place(group, i, b) for i, b in enumerate(bundles)], total_updates)
+        await _started([_set_up(ranks)], [], ranks, config.cluster.start_timeout)
+    try:
+        yield ranks
+    finally:
+        await _close([], ranks)
+
+
+@asynccontextmanager
+async def saved(
+    ranks: Sequence[Any], directory: Path, display: Display, has_learnt: Callable[[], bool]
+) -> AsyncIterator[None]:
+    """Save the model at the end of the block, also at an early end, as far as the learner still answers.
+
+    A learner in the middle of an update answers after it, which may be too late for an interrupted run.
+
+    Args:
+        directory: absolute, because actors have another working directory.
+    """
+    try:
+        yield
+    except BaseException as e:
+        interrupted = isinstance(e, asyncio.CancelledError)
+        if has_learnt():
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(
+                    SAVE_SECONDS_WHEN_INTERRUPTED if interrupted else SAVE_SECONDS_AFTER_A_FAILURE
+                ):
+                    await _save(ranks, directory)
+        raise
+    with display.phase("save", "saving the model"):
+        await _save(ranks, directory)
+
+
+async def _save(ranks: Sequence[Any], directory: Path) -> None:
+    await together(r.save.remote(str(directory)) for r in ranks)
+
+
+async def _started(setups: Sequence[Any], workers: Sequence[Any], ranks: Sequence[Any], seconds: float) -> None:
+    try:
+        await launch.within(together(setups), seconds, "the actors")
+    except BaseException:
+        await _close(workers, ranks)
+        raise
+
+
+async def _set_up(ranks: Sequence[Any]) -> None:
+    """Let learner ranks find each other: rank 0 names the address, all join at once."""
+    host, port = await ranks[0].address.remote()
+    await together(r.setup.remote(host, port) for r in ranks)
+
+
+async def _close(workers: Sequence[Any], ranks: Sequence[Any]) -> None:
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await together(a.close.remote() for a in (*workers, *ranks))
+
+
+def _start_worker(config: Config, run_token: str, index: int, options: dict[str, Any]) -> Any:
+    import ray
+
+    from stepgrpo.actors.worker import RolloutWorker, env_vars
+
+    actor = ray.remote(RolloutWorker).options(
+        max_concurrency=10_000, runtime_env={"env_vars": env_vars(config.cluster.device)}, **options
+    )
+    return actor.remote(config, run_token, index)
+
+
+def _start_ranks(
+    config: Config | SftConfig, places: Sequence[dict[str, Any]], total_updates: int, **rollouts: Any
+) -> list[Any]:
+    """``rollouts``: what only RL needs, ``temperature``, ``reward`` and ``triggers``."""
+    import ray
+
+    from stepgrpo.learner.worker import LearnerWorker
+
+    actor = ray.remote(concurrency_groups={"ingest": 64})(LearnerWorker)
+    return [
+        actor.options(**place).remote(
+            rank,
+            len(places),
+            config.learner,
+            config.model,
+            device=config.cluster.device,
+            total_updates=total_updates,
+            **rollouts,
+        )
+        for rank, place in enumerate(places)
+    ]
