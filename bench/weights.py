@@ -9,9 +9,10 @@
                 store    rank 0 writes them as a safetensors file into /dev/shm
                 paused   the engine pauses, vLLM's `reload_weights` reads that file, it goes on
 
-Both end with the same weights, which is checked (in float32: in bfloat16 another batch rounds otherwise), and both forget
-the KV cache of the old ones. Requests decode all the while; `gap` is the longest time one of them waited for a token.
-Not in the figures: a file in shared memory reaches one node only, nothing guards it, and ranks that gather do not train.
+Both end with the same weights and forget the KV cache of the old ones; that the weights are the same is checked in
+float32 (in bfloat16 another batch rounds otherwise). Requests decode all the while; `gap` is the longest time one of
+them waited for a token. Not in the figures: a file in shared memory reaches one node only and nothing guards it, and
+ranks that gather cannot train meanwhile.
 """
 
 from __future__ import annotations

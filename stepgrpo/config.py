@@ -325,11 +325,6 @@ class Config(Section):
             )
         if t.refill_limit is not None and not t.refill:
             raise ValueError(f"train.refill_limit: got {t.refill_limit}, takes null unless train.refill is true")
-        if self.rollout.control_fraction and self.rollout.probe is None:
-            raise ValueError(
-                f"rollout.control_fraction: got {self.rollout.control_fraction}, takes 0 where rollout.probe is null: "
-                "every sample is untruncated"
-            )
         if self.eval.every and self.data.eval is None:
             raise ValueError(
                 f"eval.every: got {self.eval.every}, takes 0 where data.eval is null: nothing to evaluate on"

@@ -81,6 +81,10 @@ def test_an_unknown_section_suggests_the_nearest_one() -> None:
         ("model.path=null", "model.path", "None"),
         ("name=../elsewhere", "name", "'../elsewhere'"),
         ("cluster.dashboard_port=70000", "cluster.dashboard_port", "70000"),
+        ("train.num_batches=true", "train.num_batches", "True"),
+        ("rollout.triggers=['']", "rollout.triggers.0", "''"),
+        ("model.think_close=''", "model.think_close", "''"),
+        ("learner.betas=[0.9,1.0]", "learner.betas.1", "1.0"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_field_and_value(override: str, field: str, got: str) -> None:
@@ -110,6 +114,9 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
         (["engine.block_size=16"], "engine.block_size"),
         (["model.attention=flash_attention_2"], "model.attention"),
         (["engine.tensor_parallel=2"], "engine.tensor_parallel"),
+        (["rollout.top_p=0.95"], "rollout.top_p"),
+        (["train.refill_limit=5"], "train.refill_limit"),
+        (["data.eval=null"], "eval.every"),
     ],
 )
 def test_an_impossible_combination_is_one_line_with_field_got_and_takes(overrides: list[str], field: str) -> None:
@@ -193,6 +200,6 @@ def test_the_saved_settings_of_a_run_make_the_same_run_again(path: Path) -> None
 
 
 def test_without_refill_nothing_is_replaced_and_with_it_one_batch_at_most() -> None:
-    assert load(Config, QUICKSTART, ["train.refill_limit=5"]).refill_limit == 0
+    assert load(Config, QUICKSTART).refill_limit == 0
     assert load(Config, QUICKSTART, ["train.refill=true"]).refill_limit == 16
     assert load(Config, QUICKSTART, ["train.refill=true", "train.refill_limit=5"]).refill_limit == 5

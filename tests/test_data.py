@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepgrpo.config import DataConfig
+from stepgrpo.config import ConfigError, DataConfig
 from stepgrpo.data import DataError, PromptStream, in_order, load_problems
 
 SHARED = Path(os.environ.get("STEPGRPO_SHARED", "../shared"))
@@ -22,6 +22,8 @@ class Words:
         self.ids = {}
 
     def encode(self, text):
+        if "unspeakable" in text:
+            raise KeyError("unspeakable")
         return [self.ids.setdefault(w, len(self.ids) + 1) for w in text.split()]
 
     def apply_chat_template(self, conversation, **_):
@@ -37,7 +39,8 @@ def load(path, tokenizer=None, response_field=None, **settings):
 def lines(tmp_path):
     def write(*rows):
         path = tmp_path / "problems.jsonl"
-        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+        lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in rows]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
         return path
 
     return write
@@ -72,6 +75,9 @@ def test_a_conversation_and_a_nested_answer_are_read_as_in_the_published_sets(li
         ('{"problem": "", "answer": 1}', "'problem' is empty"),
         ('{"problem": "a b c d e f g h", "answer": 1}', "prompt of 10 tokens, longer than data.max_prompt_tokens"),
         ("[1, 2]", "no field 'problem'"),
+        ('{"problem": [1, 2], "answer": 1}', "a list, but not of messages"),
+        ('{"problem": "unspeakable", "answer": 1}', "cannot be tokenised"),
+        (b'{"problem": "caf\xe9", "answer": 1}', "not UTF-8 at byte 17"),
     ],
 )
 def test_a_bad_line_is_named_with_file_line_and_reason_or_counted(lines, bad, reason):
@@ -82,6 +88,13 @@ def test_a_bad_line_is_named_with_file_line_and_reason_or_counted(lines, bad, re
     assert [p.truth for p in kept.items] == ["1", "2"]
     assert len(kept.skipped) == 1
     assert reason in kept.skipped[0]
+
+
+def test_a_tokenizer_without_a_template_is_refused_where_one_is_asked_for(lines):
+    words = Words()
+    words.chat_template = None
+    with pytest.raises(ConfigError, match=r"^data\.chat_template: got true"):
+        load(lines({"problem": "1", "answer": 1}), words)
 
 
 def test_a_file_of_bad_lines_only_is_an_error_even_when_skipping(lines):

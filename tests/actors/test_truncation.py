@@ -231,9 +231,11 @@ def test_fields_override_a_preset():
         (ProbeConfig(closing="So"), "closing"),
         (ProbeConfig(preset="paper", inducer="So"), "inducer"),
         (ProbeConfig(preset="paper", closing="</think>"), "closing"),
+        (ProbeConfig(skip_first=20), "skip_first"),
+        (ProbeConfig(stop=[]), "stop"),
     ],
 )
-def test_a_closing_that_does_not_close_is_refused(config, field):
+def test_a_preset_that_never_closes_or_never_passes_is_refused(config, field):
     with pytest.raises(ValueError, match=f"rollout.probe.{field}: got"):
         Preset.resolve(config, CLOSE)
 
