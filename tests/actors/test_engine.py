@@ -13,7 +13,7 @@ import pytest_asyncio
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from stepgrpo.actors.engine import CPU_ENV, EngineDied, VllmEngine
+from stepgrpo.actors.engine import CPU_ENV, EngineDied, VllmEngine, engine_args
 from stepgrpo.actors.rollout import Chunk, Sampling
 from stepgrpo.config import EngineConfig, ModelConfig
 from stepgrpo.weights import Piece, SharedWeights, pack
@@ -153,6 +153,18 @@ def greedy(model: Qwen3ForCausalLM, prompt: Sequence[int], num: int) -> list[int
 
 def assert_close(found: Sequence[float], expected: torch.Tensor) -> None:
     assert (torch.tensor(found) - expected).abs().max() < TOLERANCE
+
+
+async def test_a_tensor_parallel_engine_keeps_its_workers_to_itself_instead_of_asking_ray_for_gpus() -> None:
+    args = engine_args(
+        "checkpoint",
+        ModelConfig(path="checkpoint"),
+        EngineConfig(tensor_parallel=2),
+        device="cuda",
+        max_model_len=1024,
+        seed=0,
+    )
+    assert args.distributed_executor_backend == "mp"
 
 
 async def test_greedy_output_is_that_of_the_hf_model(served: Served) -> None:
