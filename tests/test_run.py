@@ -59,6 +59,7 @@ SMALL = [
 ENDLESS = [*SMALL, "train.num_batches=10000", "eval.num_prompts=4"]
 SECONDS_TO_START = 300.0
 SECONDS_TO_STOP = 10.0
+SECONDS_TO_FAIL = 60.0
 ACTORS = ("ray::RolloutWorker", "ray::LearnerWorker", "VLLM::EngineCore")
 
 Json = dict[str, Any]
@@ -233,9 +234,21 @@ def watched(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
     """A run of 50 versions, one version behind at most, by two learner ranks."""
     directory = tmp_path_factory.mktemp("stale")
     with Watch(cluster, directory / "stale") as watch:
-        settings = ["train.num_batches=50", "train.max_staleness=1", "train.refill=true", "eval.every=10"]
-        ranks = ["learner.num_ranks=2", "cluster.cpus_per_rank=0.5", "learner.bucket_mb=1"]
-        return train(directory, "stale", *settings, *ranks), watch
+        return (
+            train(
+                directory,
+                "stale",
+                "train.num_batches=50",
+                "train.prompts_per_update=4",
+                "train.max_staleness=1",
+                "train.refill=true",
+                "eval.every=10",
+                "learner.num_ranks=2",
+                "learner.bucket_mb=1",
+                "cluster.cpus_per_rank=0.5",
+            ),
+            watch,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -399,12 +412,12 @@ def in_training(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path
             process.wait()
 
 
-def assert_usable(run_dir: Path) -> None:
-    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+def assert_usable(run_dir: Path, status: str) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == status
     updates = [x["update"] for x in read_lines(run_dir / "metrics.jsonl")]
-    assert updates == list(range(1, len(updates) + 1))
-    if (run_dir / "model").exists():
-        AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    assert updates == list(range(1, summary["updates"] + 1))
+    AutoModelForCausalLM.from_pretrained(run_dir / "model")
 
 
 def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -420,7 +433,7 @@ def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyP
     assert not any(w.exists() for w in weights)
     assert screen.read_text().splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in screen.read_text()
-    assert_usable(run_dir)
+    assert_usable(run_dir, "interrupted")
 
 
 def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Path) -> None:
@@ -434,29 +447,19 @@ def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Pa
     wait_for(lambda: not any(map(is_alive, actors)), 10, "the end of every actor")
     assert not any(w.exists() for w in weights)
     assert screen.read_text().splitlines()[-1] == "error: interrupted"
-    assert_usable(run_dir)
+    assert_usable(run_dir, "interrupted")
 
 
 def test_a_run_whose_engine_dies_ends_by_itself_and_says_so(cluster: str, tmp_path: Path) -> None:
-    metrics = tmp_path / "x" / "metrics.jsonl"
-    killed = []
-
-    def kill() -> None:
-        wait_for(lambda: metrics.exists() and len(read_lines(metrics)) > 4, SECONDS_TO_START, "training")
-        killed.extend(titled(descendants(), "VLLM::EngineCore"))
-        for process in killed:
-            process.kill()
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    result = CliRunner().invoke(app, ["train", str(QUICKSTART), "name=x", f"runs_dir={tmp_path}", *ENDLESS])
-    thread.join()
-    assert killed
-    assert result.exit_code == 1
-    assert "error: " in result.output and "the vLLM engine died" in result.output.splitlines()[-1]
-    assert "Traceback" not in result.output and " File " not in result.output
-    assert json.loads((tmp_path / "x" / "summary.json").read_text())["status"] == "failed"
-    assert "EngineDied" in (tmp_path / "x" / "error.txt").read_text()
+    with in_training(tmp_path) as (process, run_dir, screen):
+        (engine,) = titled(descendants(), "VLLM::EngineCore")
+        engine.kill()
+        assert process.wait(SECONDS_TO_FAIL) == 1
+    *before, last = screen.read_text().splitlines()
+    assert last.startswith("error: ") and "the vLLM engine died" in last
+    assert not any("Traceback" in x or x.startswith("  File") for x in before)
+    assert "EngineDied" in (run_dir / "error.txt").read_text()
+    assert_usable(run_dir, "failed")
 
 
 def test_more_than_the_cluster_has_is_refused_and_leaves_the_name_free(cluster: str, tmp_path: Path) -> None:
