@@ -193,7 +193,9 @@ class VllmEngine:
             try:
                 await self._unless_dead(self._replace(version, update))
             except BaseException as e:
-                self._die(f"loading weights version {version} failed ({type(e).__name__}: {e})")
+                # vLLM's own words for a dead process point to a stack trace that nobody sees.
+                why = "its process died" if isinstance(e, self._dead_error) else f"{type(e).__name__}: {e}"
+                self._die(f"loading weights version {version} failed ({why})")
                 if isinstance(e, Exception):
                     self._check(e)
                 raise
@@ -220,16 +222,6 @@ class VllmEngine:
             return task.result()
         finally:
             task.cancel()
-
-    def check_health(self) -> None:
-        """Do nothing, as long as the engine lives.
-
-        Raises:
-            EngineDied: if it can no longer generate.
-        """
-        if self._cause is None and self._llm.errored:
-            self._cause = "its process died"
-        self._check()
 
     def close(self) -> None:
         """Stop the engine process. Requests in flight end with ``EngineDied``."""

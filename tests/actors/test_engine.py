@@ -288,8 +288,6 @@ async def test_after_a_failed_load_the_engine_is_dead_and_says_why(served: Serve
         await served.engine.load(99, tmp_path / "missing", {})
     for _ in range(2):
         with pytest.raises(EngineDied, match="version 99"):
-            served.engine.check_health()
-        with pytest.raises(EngineDied, match="version 99"):
             await response(served.engine, PROMPT, sampling(10))
     with pytest.raises(EngineDied, match="version 99"):
         _ = [c async for c in waiting]
