@@ -312,7 +312,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     args = parser.parse_args()
     os.environ.update(CPU_ENV)
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "DS_ACCELERATOR": "cpu"}  # the latter is said aloud where it is not set
+    os.environ |= {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",  # by default Ray's workers yield to the engine, which is none of them here
+        "DS_ACCELERATOR": "cpu",  # transformers imports deepspeed, which says aloud what it found
+    }
     print(machine())
     with (
         session(ClusterConfig(device="cpu", object_store_mb=768), []),

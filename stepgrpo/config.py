@@ -264,11 +264,8 @@ class ClusterConfig(Section):
     """Seconds after which a start that makes no progress is an error."""
 
 
-class Config(Section):
-    """A training run."""
-
-    MAX_INDUCER_TOKENS: ClassVar[int] = 64
-    """Room a probe's question gets in the engine's context, beyond prompt and response."""
+class RunConfig(Section):
+    """What every run that trains has."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run lies under `<runs_dir>/<name>/`."""
@@ -278,12 +275,7 @@ class Config(Section):
     """Seed of data order, sampling and evaluation."""
     model: ModelConfig
     data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    engine: EngineConfig = EngineConfig()
-    reward: RewardConfig = RewardConfig()
     learner: LearnerConfig = LearnerConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property
@@ -294,6 +286,19 @@ class Config(Section):
     def model_dir(self) -> Path:
         """The trained model, absolute: actors have another working directory."""
         return self.run_dir.absolute() / "model"
+
+
+class Config(RunConfig):
+    """A training run."""
+
+    MAX_INDUCER_TOKENS: ClassVar[int] = 64
+    """Room a probe's question gets in the engine's context, beyond prompt and response."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    engine: EngineConfig = EngineConfig()
+    reward: RewardConfig = RewardConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
 
     @property
     def updates_per_batch(self) -> int:
@@ -366,17 +371,9 @@ class Config(Section):
         return self
 
 
-class SftConfig(Section):
+class SftConfig(RunConfig):
     """Supervised fine-tuning on (problem, response) pairs, through the learner of the RL loop."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """The run lies under `<runs_dir>/<name>/`."""
-    runs_dir: str = "runs"
-    """Parent of the run directory."""
-    seed: NonNegativeInt = 0
-    """Seed of the data order."""
-    model: ModelConfig
-    data: DataConfig
     response_field: str = "response"
     """Column of the response to learn."""
     epochs: PositiveInt = 1
@@ -385,17 +382,6 @@ class SftConfig(Section):
     """Pairs of one update."""
     max_tokens: PositiveInt = 4096
     """Longest pair, prompt and response; a longer one is a bad line."""
-    learner: LearnerConfig = LearnerConfig()
-    cluster: ClusterConfig = ClusterConfig()
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.name
-
-    @property
-    def model_dir(self) -> Path:
-        """The trained model, absolute: actors have another working directory."""
-        return self.run_dir.absolute() / "model"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgrpo import launch
-from stepgrpo.config import Config, SftConfig
+from stepgrpo.config import Config, RunConfig, SftConfig
 from stepgrpo.console import Display
 from stepgrpo.launch import Bundle, together
 
@@ -25,7 +25,7 @@ def rollout_bundles(config: Config) -> list[Bundle]:
     return [Bundle("rollout.num_workers", config.cluster.cpus_per_worker, gpus)] * config.rollout.num_workers
 
 
-def learner_bundles(config: Config | SftConfig) -> list[Bundle]:
+def learner_bundles(config: RunConfig) -> list[Bundle]:
     gpus = 1 if config.cluster.device == "cuda" else 0
     return [Bundle("learner.num_ranks", config.cluster.cpus_per_rank, gpus)] * config.learner.num_ranks
 
@@ -132,9 +132,7 @@ def _start_worker(config: Config, run_token: str, index: int, options: dict[str,
     return actor.remote(config, run_token, index)
 
 
-def _start_ranks(
-    config: Config | SftConfig, places: Sequence[dict[str, Any]], total_updates: int, **rollouts: Any
-) -> list[Any]:
+def _start_ranks(config: RunConfig, places: Sequence[dict[str, Any]], total_updates: int, **rollouts: Any) -> list[Any]:
     """``rollouts``: what only RL needs, ``temperature``, ``reward`` and ``triggers``."""
     import ray
 

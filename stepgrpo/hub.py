@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepgrpo.config import Config, ConfigError, SftConfig
+from stepgrpo.config import ConfigError, RunConfig
 
-C = TypeVar("C", Config, SftConfig)
+C = TypeVar("C", bound=RunConfig)
 
 
 @lru_cache(maxsize=8)

@@ -1,34 +1,11 @@
 """Intervals and compression of evaluations."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from stepgrpo.evaluate import compression, evaluation
-from stepgrpo.types import Exit, GradedGroup, TrajectoryFacts
-
-
-def facts(correct=True, tokens=10, steps=2, **changes):
-    base = TrajectoryFacts(
-        correct=correct,
-        formatted=True,
-        error=None,
-        num_steps=steps,
-        num_tokens=tokens,
-        num_loss_tokens=tokens,
-        total_len=tokens + 5,
-        exit=Exit.NATURAL,
-        complete=True,
-        control=False,
-        oldest_version=0,
-        newest_version=0,
-        probe_confidences=(),
-        probe_verdicts=(),
-        probe_tokens=0,
-        discarded_tokens=0,
-    )
-    return dataclasses.replace(base, **changes)
+from stepgrpo.types import GradedGroup
+from tests.facts import facts
 
 
 def groups_of(rows):

@@ -8,7 +8,7 @@ import pytest
 
 from stepgrpo.metrics import METRICS, RunLog, of_groups
 from stepgrpo.types import Exit, GradedGroup, Verdict
-from tests.test_evaluate import facts
+from tests.facts import facts
 
 NAN = float("nan")
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from stepgrpo.learner.batch import Row, collate, make_plan, pair_sample, partition, sample_of
-from stepgrpo.types import Exit, GradedGroup, Trajectory, TrajectoryFacts, VersionSpan
+from stepgrpo.types import Exit, GradedGroup, Trajectory, VersionSpan
+from tests.facts import facts
 
 
 def trajectory(exit_: Exit, *, num_tokens: int = 6, complete: bool = True) -> Trajectory:
@@ -27,31 +28,7 @@ def trajectory(exit_: Exit, *, num_tokens: int = 6, complete: bool = True) -> Tr
 
 
 def graded(draw: int, lengths: list[int]) -> GradedGroup:
-    return GradedGroup(
-        draw,
-        f"p{draw}",
-        tuple(
-            TrajectoryFacts(
-                correct=True,
-                formatted=True,
-                error=None,
-                num_steps=1,
-                num_tokens=n - 2,
-                num_loss_tokens=n - 2,
-                total_len=n,
-                exit=Exit.NATURAL,
-                complete=True,
-                control=False,
-                oldest_version=0,
-                newest_version=0,
-                probe_confidences=(),
-                probe_verdicts=(),
-                probe_tokens=0,
-                discarded_tokens=0,
-            )
-            for n in lengths
-        ),
-    )
+    return GradedGroup(draw, f"p{draw}", tuple(facts(tokens=n - 2, prompt=2) for n in lengths))
 
 
 def test_the_loss_reads_sampled_tokens_and_the_closing_of_a_confident_exit():

@@ -14,43 +14,23 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepgrpo.config import LearnerConfig, ModelConfig
 from stepgrpo.learner.batch import MicroBatch, Sample, collate, pair_sample, partition
 from stepgrpo.learner.engine import LearnerEngine, LogProbHead, join, learning_rate
 from stepgrpo.learner.loss import nll_loss, policy_loss
 from stepgrpo.weights import Piece
+from tests.learner.tiny import VOCAB, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # DeepSpeed's calls of torch.distributed
-VOCAB = 40
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-def make_model(directory: Path, tied: bool) -> None:
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
 import numpy as np
 import pytest
 import ray
-import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig
 from stepgrpo.learner.batch import Plan, collate, make_plan, sample_of
@@ -24,30 +22,16 @@ from stepgrpo.learner.loss import policy_loss
 from stepgrpo.learner.worker import LearnerWorker
 from stepgrpo.types import Exit, GradedGroup, Group, Prompt, Trajectory, VersionSpan
 from stepgrpo.weights import Manifest, assemble, layout
+from tests.learner.tiny import VOCAB, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # DeepSpeed's calls of torch.distributed
 T = TypeVar("T")
-VOCAB = 40
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
+    make_model(directory, tied=True)
     return str(directory)
 
 

@@ -5,7 +5,8 @@ import pytest
 
 from stepgrpo.config import RewardConfig
 from stepgrpo.reward.schemes import make_scheme, outcome_reward, step_aware
-from stepgrpo.types import Exit, GradedGroup, TrajectoryFacts
+from stepgrpo.types import GradedGroup
+from tests.facts import facts
 
 
 @pytest.mark.parametrize(
@@ -51,28 +52,8 @@ def test_facts_that_do_not_fit_together_are_refused(correct, steps) -> None:
 
 
 def graded(draw: int, correct: Sequence[int], steps: Sequence[int]) -> GradedGroup:
-    facts = tuple(
-        TrajectoryFacts(
-            correct=bool(c),
-            formatted=True,
-            error=None,
-            num_steps=k,
-            num_tokens=10 * k,
-            num_loss_tokens=10 * k,
-            total_len=10 * k + 5,
-            exit=Exit.NATURAL,
-            complete=True,
-            control=False,
-            oldest_version=0,
-            newest_version=0,
-            probe_confidences=(),
-            probe_verdicts=(),
-            probe_tokens=0,
-            discarded_tokens=0,
-        )
-        for c, k in zip(correct, steps, strict=True)
-    )
-    return GradedGroup(draw, f"problem-{draw}", facts)
+    members = tuple(facts(correct=bool(c), steps=k, tokens=10 * k) for c, k in zip(correct, steps, strict=True))
+    return GradedGroup(draw, f"problem-{draw}", members)
 
 
 BATCH = [graded(0, (1, 1, 0), (2, 6, 8)), graded(1, (0, 1), (3, 4)), graded(2, (0, 0), (1, 2))]
