@@ -67,6 +67,7 @@ class LearnerWorker:
         self._grader = None if reward is None else make_grader(reward, model.think_close)
         self._with_reference = reward is not None and config.kl_coef > 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._turn = asyncio.Lock()  # first come, first served: calls reach the thread in the order they were made
         self._engine: LearnerEngine
 
     async def address(self) -> tuple[str, int]:
@@ -119,15 +120,16 @@ class LearnerWorker:
             Metrics of each update, the same on all ranks.
         """
         assert plan.advantages.keys() == groups.keys(), "the plan's draws and the groups' differ"
-        return await self._run(self._update, plan, groups)
+        draws = sorted(plan.draws(self._rank))
+        # Within the turn: fetched before it, a later call could overtake this one on some ranks.
+        async with self._turn:
+            fetched = await asyncio.gather(*(groups[d] for d in draws))
+            return await self._in_thread(self._update, plan, dict(zip(draws, fetched, strict=True)))
 
-    def _update(self, plan: Plan, refs: Mapping[int, Any]) -> list[dict[str, float]]:
+    def _update(self, plan: Plan, groups: Mapping[int, Group]) -> list[dict[str, float]]:
         from stepgrpo.learner.loss import policy_loss
 
         c, engine = self._config, self._engine
-        # Fetched on this thread: awaited outside, a later call could overtake this one on some ranks.
-        draws = sorted(plan.draws(self._rank))
-        groups: dict[int, Group] = dict(zip(draws, ray.get([refs[d] for d in draws]), strict=True))
         work = [[self._collate(rows, plan, groups) for rows in u.micro_batches[self._rank]] for u in plan.updates]
         if self._with_reference:
             work = [[dataclasses.replace(b, reference=engine.reference_logprobs(b)) for b in bs] for bs in work]
@@ -164,12 +166,13 @@ class LearnerWorker:
         Returns:
             Metrics, the same on all ranks.
         """
-        return await self._run(self._train_pairs, pairs[0])
+        async with self._turn:
+            return await self._in_thread(self._train_pairs, await pairs[0])
 
-    def _train_pairs(self, pairs: Any) -> dict[str, float]:
+    def _train_pairs(self, pairs: Sequence[Pair]) -> dict[str, float]:
         from stepgrpo.learner.loss import nll_loss
 
-        samples = [pair_sample(prompt, response) for prompt, response in ray.get(pairs)]
+        samples = [pair_sample(prompt, response) for prompt, response in pairs]
         shares = partition(
             [len(s.token_ids) for s in samples],
             num_ranks=self._world_size,
@@ -211,4 +214,8 @@ class LearnerWorker:
         return learning_rate(self._config, self._num_updates - 1, self._total_updates)
 
     async def _run(self, call: Callable[..., T], *args: Any) -> T:
+        async with self._turn:
+            return await self._in_thread(call, *args)
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)

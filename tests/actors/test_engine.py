@@ -99,7 +99,9 @@ async def served() -> AsyncIterator[Served]:
         yield Served(engine, shared, initial)
         engine.close()
         shared.close()
-        assert not multiprocessing.active_children()
+        for child in multiprocessing.active_children():
+        child.join(30)
+        assert not child.is_alive()
     os.environ.clear()
     os.environ.update(environment)
 
