@@ -99,9 +99,7 @@ async def served() -> AsyncIterator[Served]:
         yield Served(engine, shared, initial)
         engine.close()
         shared.close()
-        for child in multiprocessing.active_children():
-        child.join(30)
-        assert not child.is_alive()
+        assert not multiprocessing.active_children()
     os.environ.clear()
     os.environ.update(environment)
 
@@ -293,4 +291,6 @@ async def test_after_a_failed_load_the_engine_is_dead_and_says_why(served: Serve
             await response(served.engine, PROMPT, sampling(10))
     with pytest.raises(EngineDied, match="version 99"):
         _ = [c async for c in waiting]
-    assert not multiprocessing.active_children()
+    for child in multiprocessing.active_children():
+        child.join(30)
+        assert not child.is_alive()
