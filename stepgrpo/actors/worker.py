@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ class RolloutWorker:
         )
         self._rollout = Rollout(self._engine, codec, c.rollout, c.model.think_close, eos, run_seed=c.seed)
         self._grader = make_grader(c.reward, c.model.think_close)
+        # What is here now stays: a full collection would walk all of vllm and torch, for half a second in which every
+        # trajectory decodes on past its cut.
+        gc.collect()
+        gc.freeze()
         return str(ray.get_runtime_context().get_node_id())
 
     @ray.method(num_returns=2)
