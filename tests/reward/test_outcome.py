@@ -205,6 +205,13 @@ async def test_an_answer_that_eats_all_memory_is_a_grader_failure_and_no_silent_
     assert [(o.correct, o.error) for o in outcomes] == [(False, None), (False, "memory"), (True, None)]
 
 
+async def test_the_memory_of_the_process_that_asks_is_not_counted() -> None:
+    ballast = b"\1" * (700 << 20)
+    with contextlib.closing(MathGrader(processes=1, memory_mb=1024)) as g:
+        outcomes = await g.grade([boxed(a) for a in ["6", "7"]], "5")
+    assert len(ballast) and [(o.correct, o.error) for o in outcomes] == [(False, None)] * 2
+
+
 async def test_grading_processes_that_die_idle_are_replaced() -> None:
     others = {p.pid for p in multiprocessing.active_children()}
     with contextlib.closing(MathGrader(processes=2)) as g:
