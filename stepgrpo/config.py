@@ -26,6 +26,11 @@ class ConfigError(ValueError):
     """A setting the user must change. The message names the field, what it got and what it takes."""
 
 
+def brief(error: Exception, limit: int = 160) -> str:
+    """A library's message as the part of a line."""
+    return " ".join(str(error).split())[:limit]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
@@ -41,6 +46,11 @@ class ModelConfig(Section):
     """Attention of the learner. flash_attention_2 needs a GPU and the `flash-attn` extra; it trains on packed rows."""
     think_close: Word = "</think>"
     """The marker that ends thinking; one token or several."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether the learner lays sequences end to end: only this attention skips other sequences' tokens."""
+        return self.attention == "flash_attention_2"
 
 
 class DataConfig(Section):

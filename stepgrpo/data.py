@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stepgrpo.config import ConfigError, DataConfig
+from stepgrpo.config import ConfigError, DataConfig, brief
 from stepgrpo.types import IntArray, Prompt
 
 
@@ -98,7 +98,7 @@ def _problem(key: str, row: Any, config: DataConfig, tokenizer: Tokenizer, respo
         else:
             ids = tokenizer.encode("\n".join(str(m["content"]) for m in messages))
     except Exception as e:  # tokenizers and templates raise all kinds
-        raise DataError(f"{key}: cannot be tokenised ({' '.join(str(e).split())[:160]})") from None
+        raise DataError(f"{key}: cannot be tokenised ({brief(e)})") from None
     if len(ids) > config.max_prompt_tokens:
         raise DataError(
             f"{key}: prompt of {len(ids)} tokens, longer than data.max_prompt_tokens ({config.max_prompt_tokens})"
@@ -169,9 +169,8 @@ def _hub(source: str, config: DataConfig) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(source, config.subset, split=config.split)
     except Exception as e:  # the hub client raises many kinds; each means the set is not at hand
-        reason = " ".join(str(e).split())[:200]
         raise DataError(
-            f"{source}: neither a file here nor a data set that can be fetched ({type(e).__name__}: {reason}); "
+            f"{source}: neither a file here nor a data set that can be fetched ({type(e).__name__}: {brief(e, 200)}); "
             f"with a network: hf download --repo-type dataset {source}"
         ) from None
     for number, row in enumerate(rows):

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepgrpo.config import ConfigError, RunConfig
+from stepgrpo.config import ConfigError, RunConfig, brief
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -33,10 +33,9 @@ def checkpoint_files(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.txt"], etag_timeout=10))
     except Exception as e:  # the hub client raises many kinds; each means the checkpoint is not at hand
-        reason = " ".join(str(e).split())[:160]
         raise ConfigError(
             f"model.path: got {path}, neither a directory here nor to be had from the hub "
-            f"({type(e).__name__}: {reason}); with a network: hf download {path}"
+            f"({type(e).__name__}: {brief(e)}); with a network: hf download {path}"
         ) from None
 
 
@@ -82,9 +81,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"model.path: got {path}, without a usable tokenizer ({' '.join(str(e).split())[:160]})"
-        ) from None
+        raise ConfigError(f"model.path: got {path}, without a usable tokenizer ({brief(e)})") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

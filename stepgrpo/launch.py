@@ -1,4 +1,4 @@
-"""Start or join Ray, see that it has what the config asks for, and make the actors.
+"""Start or join Ray, see that it has what the config asks for, and reserve places for the actors.
 
 Everything that can be missing is looked for here, before anything waits for it: an endless wait has no message.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepgrpo.config import ClusterConfig, ConfigError
+from stepgrpo.config import ClusterConfig, ConfigError, brief
 
 # A unix socket's path has at most 107 bytes, and Ray appends about 65 of its own to its directory.
 MAX_TEMP_DIR = 42
@@ -55,7 +55,7 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences a warning about how a later Ray will hide GPUs from actors that ask for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A failed rollout's group is never fetched, for which Ray would print its traceback; the report's error is handled.
+    # A failed rollout's group is never fetched, for which Ray would print its traceback; the loop handles the error.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     private: str | None = None
     if address:
@@ -64,7 +64,7 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
             ray.init(address=address, **quiet)
         except (OSError, ValueError, RuntimeError) as e:
             raise ConfigError(
-                f"cluster.address: got {address}, no Ray cluster answers there ({' '.join(str(e).split())[:120]}); "
+                f"cluster.address: got {address}, no Ray cluster answers there ({brief(e, 120)}); "
                 "start one with `ray start --head`, or unset cluster.address and RAY_ADDRESS"
             ) from None
     else:

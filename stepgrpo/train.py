@@ -1,6 +1,6 @@
 """The loop. It holds references and scalars, never a token.
 
-    PromptStream --draw--> RolloutWorker.roll --> group (stays in that node's object store), report
+    PromptStream --draw--> RolloutWorker.roll --> group (stays in that node's object store)
                                ^                    |
               Ledger.may_admit |                    v ref
         (bounds staleness, by  |              LearnerWorker.ingest --> GradedGroup (scalars)
@@ -30,7 +30,6 @@ from typing import Any
 from ray.exceptions import RayError
 
 from stepgrpo import metrics
-from stepgrpo.actors.worker import LoadReport
 from stepgrpo.admission import ClosedBatch, Ledger
 from stepgrpo.config import Config
 from stepgrpo.console import Display, Phase, clock
@@ -100,7 +99,7 @@ class Loop:
         self._closable = asyncio.Event()
         self._busy_since: float | None = None
         self._busy_seconds = 0.0
-        self._loads: list[LoadReport] = []
+        self._pauses: list[float] = []
         self._sync_seconds = math.nan
 
     async def run(self) -> dict[str, Any]:
@@ -207,10 +206,10 @@ class Loop:
             groups,
             credit,
             version=batch.index,
-            num_updates=min(c.updates_per_batch, math.ceil(len(groups) / c.train.prompts_per_update)),
+            num_updates=math.ceil(len(groups) / c.train.prompts_per_update),
             num_ranks=len(self.ranks),
             budget_tokens=c.learner.micro_batch_tokens,
-            packed=c.model.attention == "flash_attention_2",
+            packed=c.model.packed,
         )
         if len(groups) < c.train.prompts_per_batch:
             self.display.warn(
@@ -236,13 +235,13 @@ class Loop:
             "time/train": trained - start,
             "time/publish": published - trained,
             "time/sync": self._sync_seconds,
-            "time/paused": max((r.paused_seconds for r in self._loads), default=math.nan),
+            "time/paused": max(self._pauses, default=math.nan),
             "rate/tokens": sum(f.num_tokens for s in used.values() for f in s.graded.facts) / (published - last),
             "weights/bytes": size,
             "reward/filtered": len(batch.filtered),
             "reward/missing": c.train.prompts_per_batch - len(batch.kept),
         }
-        self._busy_seconds, self._loads = 0.0, []
+        self._busy_seconds, self._pauses = 0.0, []
         self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
 
     def _log_batch(
@@ -282,22 +281,21 @@ class Loop:
 
     async def _spread(self) -> None:
         start = time.monotonic()
-        self._loads = await together(self._load(s) for s in self.seats)
+        await together(self._load(s) for s in self.seats)
         self._sync_seconds = time.monotonic() - start
 
-    async def _load(self, seat: Seat) -> LoadReport:
+    async def _load(self, seat: Seat) -> None:
         async with seat.loading:
-            return await self._load_locked(seat)
+            await self._load_locked(seat)
 
-    async def _load_locked(self, seat: Seat) -> LoadReport:
+    async def _load_locked(self, seat: Seat) -> None:
         """Bring a worker to the newest version. A worker that fell behind skips the versions in between."""
         weights = self.weights
         if weights is None or seat.version == weights.version:
-            return LoadReport(seat.version, 0, 0.0, 0.0)
-        report: LoadReport = await seat.actor.load.remote(weights)
+            return
+        self._pauses.append(await seat.actor.load.remote(weights))
         seat.version = weights.version
         self._wake.set()
-        return report
 
     # ---- evaluation
 
@@ -360,6 +358,7 @@ class Loop:
         assert met == {version}, f"an evaluation of version {version} met {met}"
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)
         append_json(self.config.run_dir / "evaluations.jsonl", {"update": update, **result.as_dict()})
+        # At the update of now, not of its start: Weights & Biases drops what goes back.
         self.log.evaluation(
             {"accuracy": result.accuracy.mean, "tokens": result.tokens.mean, "steps": result.steps.mean}, self.update
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,19 +20,6 @@ from stepgrpo.reward.outcome import make_grader
 from stepgrpo.tokens import Codec
 from stepgrpo.types import GradedGroup, Group, Prompt, WeightVersion
 from stepgrpo.weights import SharedWeights, WeightsError
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What it took to change weights."""
-
-    version: int
-    num_bytes: int
-    """Fetched by this worker; 0 where another worker of the node had them."""
-    fetch_seconds: float
-    """Fetching, verifying and assembling, while decoding went on."""
-    paused_seconds: float
-    """Decoding stood still."""
 
 
 class RolloutWorker:
@@ -84,21 +69,22 @@ class RolloutWorker:
 
         return list(await asyncio.gather(*(one(p) for p in prompts)))
 
-    async def load(self, weights: WeightVersion) -> LoadReport:
-        """Fetch a version once per node, then change to it between two tokens."""
-        start = time.monotonic()
+    async def load(self, weights: WeightVersion) -> float:
+        """Fetch a version once per node while decoding goes on, then change to it between two tokens.
+
+        Returns:
+            Seconds during which nothing was decoded.
+        """
         while True:
             # Nodes begin with different ranks, so that they do not all pull from the same one first.
-            fetched = await asyncio.to_thread(
+            await asyncio.to_thread(
                 self._shared.store, weights.version, weights.manifests, partial(_fetch, weights), first=self._index
             )
-            assembled = time.monotonic()
             try:
                 with self._shared.reading(weights.version) as (path, table):
-                    paused = await self._engine.load(weights.version, path, table)
+                    return await self._engine.load(weights.version, path, table)
             except WeightsError:
                 continue  # other workers of the node have stored two newer versions since
-            return LoadReport(weights.version, weights.num_bytes if fetched else 0, assembled - start, paused)
 
     async def close(self) -> None:
         """Give the shared memory back and stop the engine process; also after a start that failed."""

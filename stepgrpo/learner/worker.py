@@ -63,7 +63,7 @@ class LearnerWorker:
         self._config, self._model, self._device = config, model, device
         self._temperature, self._triggers = temperature, triggers
         self._total_updates, self._num_updates = total_updates, 0
-        self._packed = model.attention == "flash_attention_2"  # the only attention that skips other sequences' tokens
+        self._packed = model.packed
         self._grader = None if reward is None else make_grader(reward, model.think_close)
         self._with_reference = reward is not None and config.kl_coef > 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
