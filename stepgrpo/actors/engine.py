@@ -135,7 +135,7 @@ class VllmEngine:
             {"type": "token", "prompt_token_ids": list(prompt)}, params, request_id, priority=sampling.priority
         )
         seen = 0
-        floor = self.version
+        last = floor = self.version
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -144,7 +144,7 @@ class VllmEngine:
                         raise RuntimeError(f"vLLM ended a request: {part.finish_reason}")
                     ids = list(part.token_ids)
                     versions = self._versions(request_id, part, seen, floor)
-                    seen, floor = seen + len(ids), self.version
+                    seen, last, floor = seen + len(ids), self.version, last
                     yield Chunk(ids, part.logprobs.logprobs, versions, part.finish_reason)
         except self._dead_error as e:
             self._cause = self._cause or "its process died"
@@ -154,7 +154,8 @@ class VllmEngine:
         """The version of each new token of a request, ``seen`` being the number of earlier ones.
 
         vLLM hands its spans over with the last output only; before that they are read where it collects them. A vLLM
-        that reports none leaves ``floor``, the version at the last look at the request: never newer than the truth.
+        that reports none leaves ``floor``, which is never newer than the truth: the version at the look before the last.
+        What came with the last look may have been waiting for it since then, and these tokens begin where that ended.
         """
         num = len(part.token_ids)
         if not self._reports_versions:

@@ -271,6 +271,7 @@ async def test_where_vllm_reports_no_versions_they_are_never_newer_than_the_trut
     old = served.engine.version
     generator = served.engine.generate(PROMPT, sampling(400))
     chunks = [await anext(generator), await anext(generator)]
+    await asyncio.sleep(0.05)  # so that tokens of the old weights wait to be read, and others to be streamed
     new = await served.load_new_weights()
     chunks += [c async for c in generator]
     versions = [v for c in chunks for v in c.versions]
