@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -10,6 +11,14 @@ import typer
 
 if TYPE_CHECKING:
     from stepgrpo.console import Display
+
+
+class Preset(StrEnum):
+    """Of probes."""
+
+    DEER = "deer"
+    PAPER = "paper"
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,20 +85,88 @@ def evaluate(
     config: Annotated[Path, typer.Option(help="Run configuration to take data and decoding from.")] = Path(
         "configs/quickstart.yaml"
     ),
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=FILE]|FILE", help="May be given several times; none: data.eval. See docs/data.md."),
+    ] = None,
+    early_exit: Annotated[
+        Preset | None, typer.Option(help="Probe while decoding and end thinking on confidence, with this preset.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="--output of another evaluation: share of its tokens, paired by problem.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write every answer to this file of JSON lines.")] = None,
 ) -> None:
-    """Measure a checkpoint by plain decoding of held-out problems."""
-    from stepgrpo.config import Config, load
+    """Measure a checkpoint on benchmarks or held-out problems."""
+    from stepgrpo.config import Config, ConfigError, load
 
     def job(display: Display) -> None:
-        from stepgrpo import run, rundir
+        from stepgrpo import evaluate, run, rundir
 
-        settings = load(Config, config, [f"model.path={model}", *(overrides or [])])
-        result = run.evaluate(settings, display)
-        display.console.print(_table({model: result.as_dict()}))
-        _note_failures(display, result.grader_failures)
+        settings = [f"model.path={model}", *(overrides or [])]
+        if early_exit:
+            settings += ["eval.early_exit=true", f"rollout.probe.preset={early_exit.value}"]
+        loaded = load(Config, config, settings)
+        sources = benchmark or ([loaded.data.eval] if loaded.data.eval else [])
+        if not sources:
+            raise ConfigError("--benchmark: got none and data.eval is null; takes a benchmark's name or a file")
+        before = evaluate.read_answers(reference) if reference else {}
+        if dump:
+            rundir.writable(dump)
+
+        def keep(name: str, group: dict[str, Any]) -> None:
+            assert dump is not None
+            rundir.append_json(dump, {"benchmark": name, **group})
+
+        results = run.evaluate(loaded, display, sources, keep if dump else None)
+        record = {"model": model, **evaluate.record(results, before)}
+        display.console.print(_benchmarks(record))
+        _note_failures(display, sum(result.grader_failures for result, _ in results.values()))
         if output:
-            rundir.save_json(output, {"model": model, **result.as_dict()})
+            rundir.save_json(output, record)
+
+    _guard(job)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Such as configs/compare/miniature.yaml.")],
+    only: Annotated[list[str] | None, typer.Option(metavar="METHOD", help="Only these methods' rows.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Train nothing: write the table of the rows there are.")
+    ] = False,
+) -> None:
+    """Train every method of a table on equal footing; a second call goes on where the first ended."""
+
+    def job(display: Display) -> None:
+        import stepgrpo.compare as comparison
+
+        if table:
+            result = comparison.write_table(comparison.jobs(config)[0], config)
+        else:
+            result = comparison.compare(config, display, only or [])
+        display.console.print(_methods(result))
+        if failed := result.get("failed"):
+            raise SystemExit(
+                f"{len(failed)} rows failed: {', '.join(failed)}; run the command again to go on with them"
+            )
+
+    _guard(job)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or results of `compare`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page: curves, exits, methods, and the trajectories themselves."""
+
+    def job(display: Display) -> None:
+        from stepgrpo.report import write
+
+        write(runs, output)
+        display.print(f"The report: {output}")
 
     _guard(job)
 
@@ -145,29 +222,79 @@ def _print_summary(display: Display, summary: dict[str, Any], directory: Path) -
             f"[dim]{after['problems']} held-out problems, {after['samples']} plain response(s) each; "
             "in brackets: 95 % bootstrap intervals[/]"
         )
+        if cost := summary.get("exit_cost"):
+            display.print(
+                "[dim]while training, samples that may be cut were right less often than untouched ones by "
+                f"{_show(cost, 1, 100)} points[/]"
+            )
         _note_failures(display, before["grader_failures"] + after["grader_failures"])
     display.print(f"\nThe run:           {directory}  (metrics.jsonl, summary.json)")
     display.print(f"The trained model: {directory / 'model'}")
 
 
-def _table(columns: dict[str, dict[str, Any]], compression: dict[str, float] | None = None) -> Any:
+def _table(columns: dict[str, dict[str, Any]], compression: dict[str, float]) -> Any:
+    return _grid(
+        columns,
+        {
+            "accuracy, %": [_show(c["accuracy"], 1, 100) for c in columns.values()],
+            "tokens per answer": [_show(c["tokens"], 1) for c in columns.values()],
+            "steps per answer": [_show(c["steps"], 2) for c in columns.values()],
+            "share of the starting tokens, %": ["100", _show(compression, 1, 100)],
+        },
+    )
+
+
+def _benchmarks(record: dict[str, Any]) -> Any:
+    columns = dict(record["benchmarks"])
+    if len(columns) > 1:
+        columns["mean"] = record["mean"]
+    samples = max(c.get("samples", 1) for c in columns.values())
+    rows: dict[str, list[str]] = {f"accuracy{f' (mean@{samples})' if samples > 1 else ''}, %": []}
+    rows[next(iter(rows))] = [_show(c["accuracy"], 1, 100) for c in columns.values()]
+    for k in sorted({int(k) for c in columns.values() for k in c.get("pass_at", {}) if int(k) > 1}):
+        rows[f"pass@{k}, %"] = [_show(c["pass_at"][k], 1, 100) if "pass_at" in c else "" for c in columns.values()]
+    rows["tokens per answer"] = [_show(c["tokens"], 1) for c in columns.values()]
+    rows["steps per answer"] = [_show(c["steps"], 2) for c in columns.values()]
+    if any(c.get("probe_tokens") for c in columns.values()):
+        rows["probe tokens on top"] = [
+            f"{c['probe_tokens']:.1f}" if "probe_tokens" in c else "" for c in columns.values()
+        ]
+        rows["ended on confidence, %"] = [f"{c['exited']:.1%}"[:-1] if "exited" in c else "" for c in columns.values()]
+    if any(c.get("share") for c in columns.values()):
+        rows["share of the reference's tokens, %"] = [_show(c["share"], 1, 100) for c in columns.values()]
+    return _grid(columns, rows)
+
+
+def _methods(result: dict[str, Any]) -> Any:
+    rows = {}
+    for m in result["methods"]:
+        share = _show(m["share"], 1, 100) if m["share"] else ""
+        rows[m["label"]] = [
+            _show(m["accuracy"], 1, 100),
+            _show(m["tokens"], 1),
+            share,
+            _show(m["steps"], 2),
+            str(m["seeds"]),
+        ]
+    return _grid(["accuracy, %", "tokens", f"% of {result['reference']}", "steps", "seeds"], rows)
+
+
+def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:
     from rich import box
     from rich.table import Table
-
-    def show(e: dict[str, float], digits: int, factor: float = 1.0) -> str:
-        mean, low, high = (e[k] * factor for k in ("mean", "low", "high"))
-        return f"{mean:.{digits}f}  \\[{low:.{digits}f}, {high:.{digits}f}]"
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
-    table.add_row("accuracy, %", *(show(c["accuracy"], 1, 100) for c in columns.values()))
-    table.add_row("tokens per answer", *(show(c["tokens"], 1) for c in columns.values()))
-    table.add_row("steps per answer", *(show(c["steps"], 2) for c in columns.values()))
-    if compression:
-        table.add_row("share of the starting tokens, %", "100", show(compression, 1, 100))
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     return table
+
+
+def _show(e: dict[str, float], digits: int, factor: float = 1.0) -> str:
+    mean, low, high = (e[k] * factor for k in ("mean", "low", "high"))
+    return f"{mean:.{digits}f}  \\[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _note_failures(display: Display, failures: int) -> None:

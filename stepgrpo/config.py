@@ -81,6 +81,10 @@ class DataConfig(Section):
 class ProbeConfig(Section):
     """When and how thinking is probed for a tentative answer. Unset fields come from the preset."""
 
+    policy: Word = "confidence"
+    """When thinking ends. `confidence`: at the first answer above `delta`; `package.module:name`: your own policy."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of your own policy, which is given this section."""
     preset: Literal["deer", "paper"] = "deer"
     """`deer`: the tentative answer is thrown away and the answer is sampled. `paper`: the tentative answer is kept."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.95
@@ -116,8 +120,13 @@ class RolloutConfig(Section):
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
+    step_rule: Word = "triggers"
+    """Where a new reasoning step opens, both to probe and to count. `triggers`: at those words; `structure`: at
+    paragraphs and at sentences that begin with a connective; `package.module:name`: your own rule."""
     triggers: Annotated[list[Word], Field(min_length=1)] = ["Wait"]
-    """Words that open a new reasoning step: standalone, case-sensitive. Steps are counted by them as well."""
+    """Words that open a new reasoning step: standalone, case-sensitive. `stepgrpo triggers` proposes them."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of your own step rule, which is given this section."""
     probe: ProbeConfig | None = ProbeConfig()
     """Truncated rollout; null samples plainly."""
     control_fraction: Fraction = 0.0
@@ -147,21 +156,37 @@ class EngineConfig(Section):
     """No CUDA graphs."""
 
 
+SCHEMES = ("step_aware", "outcome", "length_penalty", "overlong", "easy_length_penalty")
+"""Reward schemes that come with stepgrpo."""
+
+
 class RewardConfig(Section):
     """How a response is judged."""
 
-    scheme: Literal["step_aware", "outcome"] = "step_aware"
-    """`step_aware`: Step-GRPO's relative reward over reasoning steps; `outcome`: plain GRPO, accuracy and format."""
+    scheme: Word = "step_aware"
+    """`step_aware`: Step-GRPO's relative reward over reasoning steps. `outcome`: plain GRPO, accuracy and format.
+    `length_penalty`: a correct response earns less the longer it is among its group's correct ones. `overlong`:
+    accuracy, less a ramp towards the token limit. `easy_length_penalty`: the length penalty in the batch's most accurate
+    groups, accuracy in the others. `package.module:name`: your own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of your own scheme or grader, which are given this section."""
     alpha: Fraction = 0.9
     """Weight of accuracy; 1 - alpha is the weight of the format."""
     beta: NonNegativeFloat = 0.5
     """Strength of the step term."""
     baseline: Literal["correct", "all"] = "correct"
     """Whose mean number of steps is the yardstick: that of the group's correct responses, or of all."""
+    length_alpha: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Strength of the length penalty."""
+    easy_share: Fraction = 0.2
+    """Share of the batch's groups, the most accurate, that `easy_length_penalty` penalises."""
+    overlong_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Last share of `rollout.max_response_tokens` over which the penalty of `overlong` grows from 0 to 1."""
     normalization: Literal["std", "none", "batch"] = "std"
     """Advantages are divided by the group's standard deviation, by nothing, or by the batch's."""
-    grader: Literal["math", "exact"] = "math"
-    """`math`: math-verify in separate processes; `exact`: equal words in the last box."""
+    grader: Word = "math"
+    """`math`: math-verify in separate processes; `exact`: equal words in the last box; `package.module:name`: your own,
+    in separate processes too."""
     grade_timeout: PositiveFloat = 10.0
     """Seconds after which grading one response is given up and counted as a grader failure."""
     grade_memory_mb: Annotated[int, Field(ge=512)] = 2048
@@ -228,6 +253,8 @@ class TrainConfig(Section):
     """Most replacements in a batch; null: one batch. Beyond it the batch trains smaller."""
     max_failures: PositiveInt = 3
     """Consecutive failed rollouts after which the run stops."""
+    sample_every: NonNegativeInt = 5
+    """Batches between two groups that are kept with their texts (`samples.jsonl`, for `stepgrpo report`); 0: none."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases."""
     wandb_project: str = "stepgrpo"
@@ -235,7 +262,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Plain decoding of held-out problems."""
+    """Decoding of held-out problems."""
 
     every: NonNegativeInt = 0
     """Batches between two evaluations during the run; 0: only before and after."""
@@ -245,6 +272,8 @@ class EvalConfig(Section):
     """The same for evaluations during the run."""
     samples: PositiveInt = 1
     """Responses per problem."""
+    early_exit: bool = False
+    """Probe while decoding, as `rollout.probe` says, and end thinking on confidence (DEER); off: plain decoding."""
     temperature: NonNegativeFloat = 0.6
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -365,6 +394,22 @@ class Config(RunConfig):
                 f"rollout.top_p: got {self.rollout.top_p}, takes 1 unless learner.importance_cap is null: the engine's "
                 "log-probabilities are of the tokens top_p keeps, the learner's of all"
             )
+        names = [
+            ("rollout.step_rule", self.rollout.step_rule, ("triggers", "structure")),
+            ("reward.scheme", self.reward.scheme, SCHEMES),
+            ("reward.grader", self.reward.grader, ("math", "exact")),
+        ]
+        if self.rollout.probe:
+            names.append(("rollout.probe.policy", self.rollout.probe.policy, ("confidence",)))
+        for field, name, known in names:
+            if name not in known and ":" not in name:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(
+                    f"{field}: got {name!r}{hint}, takes one of {', '.join(known)}, or your own as package.module:name"
+                )
+        if self.eval.early_exit and self.rollout.probe is None:
+            raise ValueError("eval.early_exit: got true, takes false where rollout.probe is null: it says how to probe")
         if cl.device == "cpu":
             if eng.kv_cache_mb is None:
                 raise ValueError("engine.kv_cache_mb: got null, takes a number of MB where cluster.device is cpu")
@@ -407,18 +452,24 @@ C = TypeVar("C", bound=Section)
 
 
 def load(cls: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
-    """Read a YAML file, apply ``key=value`` overrides (dotted keys, YAML values), validate.
+    """Read a YAML file, apply overrides in their order, validate.
 
-    A file may name a ``base`` beside it; it is read first and overlaid key by key.
+    A file may name a ``base`` beside it; it is read first and overlaid key by key. An override is ``key=value`` (dotted
+    keys, YAML values), or another YAML file to overlay.
 
     Raises:
         ConfigError: one line per fault, each with the field, what it got and what it takes.
     """
-    tree = _read(Path(path))
+    tree = read(Path(path))
     for item in overrides or []:
+        if "=" not in item and item.endswith((".yaml", ".yml")):
+            tree = overlay(tree, read(Path(item)))
+            continue
         key, sep, text = item.partition("=")
         if not sep or not key:
-            raise ConfigError(f"override {item!r}: takes key=value, such as train.num_batches=10")
+            raise ConfigError(
+                f"override {item!r}: takes key=value, such as train.num_batches=10, or a YAML file to overlay"
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as e:
@@ -446,7 +497,12 @@ def validate(cls: type[C], tree: dict[str, Any]) -> C:
         raise ConfigError("\n".join(_explain(cls, err) for err in e.errors())) from None
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as a plain tree, laid over its ``base``.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: `base` goes in a circle")
@@ -463,13 +519,14 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base: got {base!r}, takes the name of a file beside this one")
-    return tree if base is None else _overlay(_read(path.parent / base, (*seen, path)), tree)
+    return tree if base is None else overlay(read(path.parent / base, (*seen, path)), tree)
 
 
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A tree with the keys of ``above`` in place of, or inside, those of ``below``."""
     out = dict(below)
     for k, v in above.items():
-        out[k] = _overlay(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
+        out[k] = overlay(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
     return out
 
 

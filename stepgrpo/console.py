@@ -36,6 +36,9 @@ class Phase:
             self._printed = time.monotonic()
             d.print(f"  {done}/{total}  {text}" if total else f"  {text}")
 
+    def problems(self, done: int, total: int) -> None:
+        self.show(f"{done} problems", done, total)
+
 
 class Display:
     """Prints phases to ``console`` and keeps their seconds."""

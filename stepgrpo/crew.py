@@ -45,9 +45,8 @@ async def rollout_crew(
             config,
             places[num_workers:],
             config.train.num_batches * config.updates_per_batch,
-            temperature=config.rollout.temperature,
+            rollout=config.rollout,
             reward=config.reward,
-            triggers=config.rollout.triggers,
         )
         setups = [w.start.remote() for w in workers] + ([_set_up(ranks)] if ranks else [])
         await _started(setups, workers, ranks, config.cluster.start_timeout)
@@ -133,7 +132,7 @@ def _start_worker(config: Config, run_token: str, index: int, options: dict[str,
 
 
 def _start_ranks(config: RunConfig, places: Sequence[dict[str, Any]], total_updates: int, **rollouts: Any) -> list[Any]:
-    """``rollouts``: what only RL needs, ``temperature``, ``reward`` and ``triggers``."""
+    """``rollouts``: what only RL needs, ``rollout`` and ``reward``."""
     import ray
 
     from stepgrpo.learner.worker import LearnerWorker

@@ -1,41 +1,60 @@
-"""Plain decoding of held-out problems, and what the graded responses say about a checkpoint, with 95 % intervals."""
+"""Answers to held-out problems, and what they say about a checkpoint, with 95 % intervals."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgrpo.types import GradedGroup, Prompt, TrajectoryFacts
+from stepgrpo.config import ConfigError, brief
+from stepgrpo.metrics import ExitCounts
+from stepgrpo.types import Exit, GradedGroup, Prompt, TrajectoryFacts
 
 NUM_RESAMPLES = 2000
+COLUMNS: dict[str, Literal["correct", "tokens", "steps"]] = {
+    "accuracy": "correct",
+    "tokens": "tokens",
+    "steps": "steps",
+}
+"""Name of a figure -> field of ``Answers``."""
 CHUNK = 25
 """Problems of one call to a worker: few enough for a progress bar that moves."""
 
 
 async def decode(
-    workers: Sequence[Any], prompts: Sequence[Prompt], progress: Callable[[int], None] = lambda done: None
+    workers: Sequence[Any],
+    prompts: Sequence[Prompt],
+    progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[GradedGroup]:
-    """Let rollout workers answer ``prompts`` by plain decoding; one graded group per problem, in their order.
+    """Let rollout workers answer ``prompts`` as `eval` says; one graded group per problem, in their order.
 
     The weights are those the workers hold: the caller sees to it that none loads others meanwhile.
 
     Args:
         workers: handles of ``actors.worker.RolloutWorker`` actors.
-        progress: told the number of finished problems.
+        progress: told the number of finished problems, and of all.
+        keep: given each problem's answers with their texts (``actors.describe``), in order of arrival.
     """
     done = 0
 
     async def one(worker: Any, chunk: Sequence[Prompt]) -> list[GradedGroup]:
         nonlocal done
-        graded: list[GradedGroup] = await worker.evaluate.remote(list(chunk))
+        answered: list[tuple[GradedGroup, Any]] = await worker.evaluate.remote(list(chunk), keep is not None)
         done += len(chunk)
-        progress(done)
-        return graded
+        if progress:
+            progress(done, len(prompts))
+        if keep:
+            for _, description in answered:
+                keep(description)
+        return [graded for graded, _ in answered]
 
     chunks = [prompts[i : i + CHUNK] for i in range(0, len(prompts), CHUNK)]
     async with asyncio.TaskGroup() as tasks:
@@ -56,17 +75,50 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Answers:
+    """What is kept of an evaluation to compare it with others: for each problem, one entry per response."""
+
+    key: list[str]
+    correct: list[list[int]]
+    tokens: list[list[int]]
+    steps: list[list[int]]
+
+    @classmethod
+    def of(cls, groups: Sequence[GradedGroup]) -> Answers:
+        return cls(
+            key=[g.key for g in groups],
+            correct=[[int(f.correct) for f in g.facts] for g in groups],
+            tokens=[[f.num_tokens for f in g.facts] for g in groups],
+            steps=[[f.num_steps for f in g.facts] for g in groups],
+        )
+
+    def means(self, what: Literal["correct", "tokens", "steps"]) -> NDArray[np.float64]:
+        """[problems]"""
+        return np.array([np.mean(values) for values in getattr(self, what)], float)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Plain decoding of held-out problems by one version of the weights."""
+    """Held-out problems answered by one version of the weights."""
 
     version: int
     problems: int
     samples: int
     """Responses per problem."""
     accuracy: Estimate
+    """Of one response: with several samples per problem, mean@k."""
+    pass_at: dict[int, Estimate]
+    """k -> chance that one of k responses is right, k up to ``samples``."""
     tokens: Estimate
     """Response tokens."""
     steps: Estimate
+    probe_tokens: float
+    """Decoded for probes, per response; 0 for plain decoding. They come on top of ``tokens``."""
+    exited: float
+    """Share of responses that a confident probe ended."""
     incomplete: float
     """Share of responses that hit the token budget."""
     grader_failures: int
@@ -89,36 +141,122 @@ def evaluation(groups: Sequence[GradedGroup], *, version: int, seconds: float) -
         problems=len(groups),
         samples=len(groups[0].facts),
         accuracy=estimate(lambda f: f.correct),
+        pass_at={
+            k: _interval(np.array([_pass_at(k, [f.correct for f in g.facts]) for g in groups]), resample)
+            for k in range(1, len(groups[0].facts) + 1)
+            if k & (k - 1) == 0 or k == len(groups[0].facts)
+        },
         tokens=estimate(lambda f: f.num_tokens),
         steps=estimate(lambda f: f.num_steps),
+        probe_tokens=float(np.mean([f.probe_tokens for f in facts])),
+        exited=float(np.mean([f.exit is Exit.CONFIDENT for f in facts])),
         incomplete=float(np.mean([not f.complete for f in facts])),
         grader_failures=sum(f.error is not None for f in facts),
         seconds=seconds,
     )
 
 
-def compression(before: Sequence[GradedGroup], after: Sequence[GradedGroup]) -> Estimate:
+def shown(result: Evaluation) -> str:
+    """The gist, for a line on the screen."""
+    return f"accuracy {result.accuracy.mean:.1%}  tokens {result.tokens.mean:.1f}  steps {result.steps.mean:.2f}"
+
+
+def compression(before: Answers, after: Answers) -> Estimate:
     """Tokens after over tokens before, paired by problem: the interval resamples problems, not responses.
 
     Raises:
         ValueError: the two are not of the same problems.
     """
-    if [g.key for g in before] != [g.key for g in after]:
+    if before.key != after.key:
         raise ValueError("compression compares evaluations of the same problems; these differ")
-    a, b = (_per_problem(x, lambda f: f.num_tokens) for x in (after, before))
-    resample = _resamples(len(before))
+    a, b = after.means("tokens"), before.means("tokens")
+    resample = _resamples(len(a))
     ratios = a[resample].mean(1) / b[resample].mean(1)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Estimate(float(a.mean() / b.mean()), float(low), float(high))
+
+
+def record(results: dict[str, tuple[Evaluation, Answers]], before: dict[str, Answers]) -> dict[str, Any]:
+    """Everything that is kept of an evaluation of several benchmarks.
+
+    Args:
+        before: answers of another evaluation by benchmark; {}: nothing to compare with.
+
+    Raises:
+        ConfigError: ``before`` lacks a benchmark or has other problems in it.
+    """
+    benchmarks: dict[str, Any] = {}
+    for name, (result, answers) in results.items():
+        benchmarks[name] = {**result.as_dict(), "answers": answers.as_dict()}
+        if before:
+            try:
+                benchmarks[name]["share"] = asdict(compression(before[name], answers))
+            except (KeyError, ValueError):
+                raise ConfigError(f"--reference: has no answers to the same problems of {name}") from None
+    mean = {k: asdict(macro([a for _, a in results.values()], w)) for k, w in COLUMNS.items()}
+    if before:
+        mean["share"] = asdict(macro_ratio([before[name] for name in results], [a for _, a in results.values()]))
+    return {"benchmarks": benchmarks, "mean": mean}
+
+
+def read_answers(path: Path) -> dict[str, Answers]:
+    """What ``record`` kept, by benchmark.
+
+    Raises:
+        ConfigError: it is not such a file.
+    """
+    try:
+        return {n: Answers(**b["answers"]) for n, b in json.loads(path.read_text())["benchmarks"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"--reference: {path}: takes the --output of `stepgrpo eval` ({brief(e)})") from None
+
+
+def macro_ratio(before: Sequence[Answers], after: Sequence[Answers]) -> Estimate:
+    """Mean tokens over benchmarks after over before, paired by problem."""
+
+    def resampled(answers: Sequence[Answers]) -> NDArray[np.float64]:
+        means = [a.means("tokens") for a in answers]
+        return np.mean([m[_resamples(len(m), seed=i)].mean(1) for i, m in enumerate(means)], axis=0)
+
+    low, high = np.percentile(resampled(after) / resampled(before), [2.5, 97.5])
+    return Estimate(macro(after, "tokens").mean / macro(before, "tokens").mean, float(low), float(high))
+
+
+def macro(answers: Sequence[Answers], what: Literal["correct", "tokens", "steps"]) -> Estimate:
+    """Mean over benchmarks of their means, each weighing the same; the interval resamples problems within each."""
+    means = [a.means(what) for a in answers]
+    resampled = np.mean([m[_resamples(len(m), seed=i)].mean(1) for i, m in enumerate(means)], axis=0)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(float(np.mean([m.mean() for m in means])), float(low), float(high))
+
+
+def exit_cost(counts: Sequence[ExitCounts]) -> Estimate | None:
+    """Accuracy of control samples less that of samples that may be cut; the interval resamples batches.
+
+    None where there were no control samples to compare with.
+    """
+    a = np.array(counts, float).reshape(-1, 4)
+    control, control_right, treated, treated_right = a[_resamples(len(a))].sum(1).T if len(a) else np.zeros((4, 1))
+    if not (control.all() and treated.all()):
+        return None
+    low, high = np.percentile(control_right / control - treated_right / treated, [2.5, 97.5])
+    total = a.sum(0)
+    return Estimate(float(total[1] / total[0] - total[3] / total[2]), float(low), float(high))
+
+
+def _pass_at(k: int, correct: Sequence[bool]) -> float:
+    """Unbiased (arXiv 2107.03374): the share of all k-subsets of a problem's responses that hold a right one."""
+    n, c = len(correct), sum(correct)
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def _per_problem(groups: Sequence[GradedGroup], select: Callable[[TrajectoryFacts], float]) -> NDArray[np.float64]:
     return np.array([np.mean([select(f) for f in g.facts]) for g in groups], float)
 
 
-def _resamples(n: int) -> NDArray[np.int64]:
+def _resamples(n: int, seed: int = 0) -> NDArray[np.int64]:
     """[NUM_RESAMPLES, n]: the same resamples for every quantity, so that a table does not jitter between columns."""
-    return np.random.default_rng(0).integers(0, n, (NUM_RESAMPLES, n))
+    return np.random.default_rng(seed).integers(0, n, (NUM_RESAMPLES, n))
 
 
 def _interval(values: NDArray[np.float64], resample: NDArray[np.int64]) -> Estimate:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +132,68 @@ def of_groups(groups: Sequence[GradedGroup], rewards: Sequence[Floats], version:
         "staleness/max": float(np.max(stale)),
         "discarded/tokens": float(sum(f.discarded_tokens for f in facts)),
     }
+
+
+def probes_of(groups: Sequence[GradedGroup]) -> dict[str, list[Any]]:
+    """Confidence, verdict, and whether the tentative answer was right, of every probe that was read to its end."""
+    read = [
+        (round(c, 4), v.value, int(right))
+        for g in groups
+        for f in g.facts
+        for c, v, right in zip(f.probe_confidences, f.probe_verdicts, f.probe_correct, strict=True)
+        if right is not None and not math.isnan(c)
+    ]
+    return {
+        "confidence": [c for c, _, _ in read],
+        "verdict": [v for _, v, _ in read],
+        "correct": [right for _, _, right in read],
+    }
+
+
+class ExitCounts(NamedTuple):
+    """What a batch says about the cost of exits: control samples are a random share of the same groups."""
+
+    control: int
+    control_right: int
+    treated: int
+    treated_right: int
+
+
+def exit_counts(groups: Sequence[GradedGroup]) -> ExitCounts:
+    facts = [f for g in groups for f in g.facts]
+    control, treated = [f for f in facts if f.control], [f for f in facts if not f.control]
+    return ExitCounts(len(control), sum(f.correct for f in control), len(treated), sum(f.correct for f in treated))
+
+
+class TriggerWatch:
+    """Notices a policy that stops SAYING its trigger without getting shorter: fewer steps of the same length in all."""
+
+    FELL = 0.15
+    """Share by which steps must have fallen."""
+    FOLLOWS = 1 / 3
+    """Least part of it by which tokens must have fallen too."""
+
+    def __init__(self, window: int) -> None:
+        """``window``: observations that are averaged, the first ones against the last."""
+        self._window = window
+        self._seen: list[tuple[float, float]] = []
+        self._told = False
+
+    def see(self, steps: float, tokens: float) -> str | None:
+        """Take the next means; returns what to tell the user, once."""
+        self._seen.append((steps, tokens))
+        if self._told or len(self._seen) < 2 * self._window:
+            return None
+        first, last = (np.mean(part, axis=0) for part in (self._seen[: self._window], self._seen[-self._window :]))
+        steps_fell, tokens_fell = 1 - last / first
+        if steps_fell < self.FELL or tokens_fell > self.FOLLOWS * steps_fell:
+            return None
+        self._told = True
+        return (
+            f"steps fell by {steps_fell:.0%}, tokens by {tokens_fell:.0%}: the policy may have stopped saying its "
+            "trigger instead of thinking less; compare rollout/tokens_per_step, and ask `stepgrpo triggers` what it "
+            "says now"
+        )
 
 
 def _ratio(a: float, b: float) -> float:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from stepgrpo import launch, rundir
@@ -16,7 +19,7 @@ from stepgrpo.config import Config, ConfigError
 from stepgrpo.console import Display
 from stepgrpo.crew import learner_bundles, rollout_bundles, rollout_crew, saved
 from stepgrpo.data import Problems, PromptStream, in_order, load_problems
-from stepgrpo.evaluate import Evaluation, compression, decode, evaluation
+from stepgrpo.evaluate import Answers, Evaluation, compression, decode, evaluation, exit_cost, shown
 from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, max_positions, portable
 from stepgrpo.launch import Bundle
 from stepgrpo.metrics import RunLog
@@ -73,36 +76,59 @@ async def _train(
                     results = await loop.run()
             finally:
                 summary["updates"] = loop.update
+                if (cost := exit_cost(loop.exit_counts)) is not None:
+                    summary["exit_cost"] = asdict(cost)
     if results["before"] is not None:
-        (before, before_groups), (after, after_groups) = results["before"], results["after"]
-        ratio = compression(before_groups, after_groups)
+        (before, start), (after, end) = results["before"], results["after"]
+        ratio = compression(start, end)
         summary |= {"before": before.as_dict(), "after": after.as_dict(), "compression": asdict(ratio)}
+        answers = {"before": start.as_dict(), "after": end.as_dict()}
+        rundir.save_json(config.run_dir / "heldout.json", answers, indent=None)
 
 
-def evaluate(config: Config, display: Display) -> Evaluation:
-    """Decode the held-out problems with ``config.model.path`` as it is.
+def evaluate(
+    config: Config, display: Display, sources: Sequence[str], keep: Callable[[str, dict[str, Any]], None] | None = None
+) -> dict[str, tuple[Evaluation, Answers]]:
+    """Let ``config.model.path`` answer problems as it is.
+
+    Args:
+        sources: benchmarks or files.
+        keep: given the benchmark's name and each problem's answers with their texts.
+
+    Returns:
+        By name of the benchmark.
 
     Raises:
         ConfigError, DataError: something the user must change.
     """
-    if (source := config.data.eval) is None:
-        raise ConfigError("data.eval: got null, takes the held-out problems to evaluate on")
     with display.phase("prepare", "reading model and data") as phase:
-        config = portable(config)
+        # The engine's context has room for what is evaluated, not for what the run would train on.
+        config = portable(config).model_copy(update={"data": config.data.model_copy(update={"eval": sources[0]})})
         tokenizer = load_tokenizer(config.model.path)
         check_rollout(config)
-        problems = load_problems(source, config.data, tokenizer)
-        note_skipped(display, problems)
-        prompts = in_order(problems.items)[: config.eval.num_prompts]
-        phase.result = f"{len(prompts):,} problems"
+        sets = {Path(source).stem: load_problems(source, config.data, tokenizer) for source in sources}
+        note_skipped(display, *sets.values())
+        prompts = {name: in_order(problems.items)[: config.eval.num_prompts] for name, problems in sets.items()}
+        phase.result = f"{sum(map(len, prompts.values())):,} problems"
     bundles = rollout_bundles(config)
 
-    async def go() -> Evaluation:
+    def kept(name: str, group: dict[str, Any]) -> None:
+        assert keep is not None
+        question = next(p.question for p in sets[name].items if p.key == group["key"])
+        keep(name, {"question": question, **group})
+
+    async def go() -> dict[str, tuple[Evaluation, Answers]]:
         cancel_on_sigterm()
+        results = {}
         async with rollout_crew(config, display, bundles) as (workers, _):
-            with display.phase("eval", f"answering {len(prompts)} problems") as phase:
-                groups = await decode(workers, prompts, lambda done: phase.show(f"{done} problems", done, len(prompts)))
-        return evaluation(groups, version=0, seconds=display.seconds["eval"])
+            for name, chosen in prompts.items():
+                with display.phase(f"eval {name}", f"{name}: answering {len(chosen)} problems") as phase:
+                    groups = await decode(workers, chosen, phase.problems, keep and partial(kept, name))
+                    result = evaluation(groups, version=0, seconds=0.0)
+                    phase.result = shown(result)
+                seconds = display.seconds[f"eval {name}"]
+                results[name] = dataclasses.replace(result, seconds=seconds), Answers.of(groups)
+        return results
 
     with launch.session(config.cluster, bundles):
         return asyncio.run(go())

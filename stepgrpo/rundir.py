@@ -65,11 +65,25 @@ def recorded(directory: Path, seconds: dict[str, float]) -> Iterator[dict[str, A
         save_json(directory / "summary.json", summary)
 
 
-def save_json(path: Path, record: Any) -> None:
+def save_json(path: Path, record: Any, *, indent: int | None = 2) -> None:
     """Write a JSON file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def writable(file: Path) -> None:
+    """Begin an output file, before the work that fills it.
+
+    Raises:
+        ConfigError: it exists with something in it, or cannot be written.
+    """
+    if file.exists() and file.stat().st_size:
+        raise ConfigError(f"{file}: exists; name another file, or remove it")
+    try:
+        file.touch()
+    except OSError as e:
+        raise ConfigError(f"{file}: cannot be written ({e.strerror})") from None
 
 
 def append_json(path: Path, record: Any) -> None:

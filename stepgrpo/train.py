@@ -34,7 +34,7 @@ from stepgrpo.admission import ClosedBatch, Ledger
 from stepgrpo.config import Config
 from stepgrpo.console import Display, Phase, clock
 from stepgrpo.data import PromptStream
-from stepgrpo.evaluate import Evaluation, decode, evaluation
+from stepgrpo.evaluate import Answers, Evaluation, decode, evaluation, shown
 from stepgrpo.launch import together
 from stepgrpo.learner.batch import Plan, make_plan
 from stepgrpo.reward.credit import advantages, has_signal
@@ -88,11 +88,13 @@ class Loop:
             max_staleness=t.max_staleness,
             refill_limit=config.refill_limit,
         )
-        self.scheme = make_scheme(config.reward)
+        self.scheme = make_scheme(config.reward, config.rollout.max_response_tokens)
         self.weights: WeightVersion | None = None  # None: version 0, which every engine starts with
         self.settled: dict[int, Settled] = {}
         self.failures = 0
         self.update = 0
+        self.exit_counts: list[metrics.ExitCounts] = []
+        self.rollout_watch, self.eval_watch = metrics.TriggerWatch(window=20), metrics.TriggerWatch(window=1)
         self.row: dict[str, Any] = {}
         self.last_eval = ""
         self._wake = asyncio.Event()
@@ -103,7 +105,7 @@ class Loop:
         self._sync_seconds = math.nan
 
     async def run(self) -> dict[str, Any]:
-        """Train to the end; returns the evaluations before and after, with their groups."""
+        """Train to the end; returns the evaluations before and after, with their answers."""
         c = self.config
         before = await self._evaluate_phase("before", "the starting model")
         async with asyncio.TaskGroup() as tasks:
@@ -227,6 +229,9 @@ class Loop:
         published = time.monotonic()
 
         self._mark_busy()
+        if c.train.sample_every and batch.index % c.train.sample_every == 0 and kept:
+            shown = next((i for i, r in enumerate(rewards) if has_signal(r)), 0)
+            self._tasks.create_task(self._keep_sample(batch.index, kept[shown], rewards[shown], credit[shown]))
         of_batch = {
             "time/batch": published - last,
             "time/wait": waited,
@@ -244,6 +249,14 @@ class Loop:
         self._busy_seconds, self._pauses = 0.0, []
         self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
 
+    async def _keep_sample(self, batch: int, sample: Settled, rewards: Any, credit: Any) -> None:
+        """A group with its texts, for people."""
+        seat = self.seats[batch % len(self.seats)]
+        line = await seat.actor.describe.remote([sample.ref], sample.graded)
+        for t, reward, advantage in zip(line["trajectories"], rewards, credit, strict=True):
+            t |= {"reward": round(float(reward), 4), "advantage": round(float(advantage), 4)}
+        append_json(self.config.run_dir / "samples.jsonl", {"batch": batch, **line})
+
     def _log_batch(
         self,
         batch: ClosedBatch,
@@ -254,6 +267,8 @@ class Loop:
         of_batch: dict[str, float],
     ) -> None:
         c = self.config
+        # What a reward other than the step-aware one makes of accuracy is no step factor.
+        alpha = c.reward.alpha if c.reward.scheme == "step_aware" else math.nan
         by_draw = {g.draw: (g, r) for g, r in zip(groups, rewards, strict=True)}
         for i, (update, result) in enumerate(zip(plan.updates, results, strict=True)):
             draws = sorted({draw for rank in update.micro_batches for rows in rank for draw, _ in rows})
@@ -263,14 +278,21 @@ class Loop:
                 "update": self.update,
                 "batch": batch.index,
                 "epoch": (max(batch.kept) + 1) / len(self.stream),
-                **metrics.of_groups([g for g, _ in of_update], [r for _, r in of_update], batch.index, c.reward.alpha),
+                **metrics.of_groups([g for g, _ in of_update], [r for _, r in of_update], batch.index, alpha),
                 **result,
                 **(of_batch if i == len(plan.updates) - 1 else {}),
             }
             self.log.write(self.row)
+            self._watch(self.rollout_watch.see(self.row["rollout/steps"], self.row["rollout/tokens"]), "rollouts")
         append_json(
             c.run_dir / "draws.jsonl", {"batch": batch.index, "trained": batch.kept, "filtered": batch.filtered}
         )
+        append_json(c.run_dir / "probes.jsonl", {"batch": batch.index, **metrics.probes_of(groups)})
+        self.exit_counts.append(metrics.exit_counts(groups))
+
+    def _watch(self, finding: str | None, where: str) -> None:
+        if finding:
+            self.display.warn(f"{where}: {finding}")
 
     async def _publish(self, version: int) -> int:
         """The learner's weights into the object store; workers fetch them while they go on decoding. Their bytes."""
@@ -333,31 +355,25 @@ class Loop:
         self._tasks.create_task(background())
         await entered
 
-    async def _evaluate_phase(self, name: str, title: str) -> tuple[Evaluation, list[GradedGroup]] | None:
+    async def _evaluate_phase(self, name: str, title: str) -> tuple[Evaluation, Answers] | None:
         prompts = self.held_out[: self.config.eval.num_prompts]
         if not prompts:
             return None
         with self.display.phase(name, f"measuring {title} on {len(prompts)} held-out problems") as phase:
             result, groups = await self._evaluate(prompts, self.seats[0].version, phase)
-            phase.result = (
-                f"accuracy {result.accuracy.mean:.1%}  tokens {result.tokens.mean:.1f}  steps {result.steps.mean:.2f}"
-            )
-        return result, groups
+            phase.result = shown(result)
+        return result, Answers.of(groups)
 
     async def _evaluate(
         self, prompts: Sequence[Prompt], version: int, phase: Phase | None
     ) -> tuple[Evaluation, list[GradedGroup]]:
         start, update = time.monotonic(), self.update  # training goes on meanwhile
-
-        def progress(done: int) -> None:
-            if phase:
-                phase.show(f"{done} problems", done, len(prompts))
-
-        groups = await decode([s.actor for s in self.seats], prompts, progress)
+        groups = await decode([s.actor for s in self.seats], prompts, phase.problems if phase else None)
         met = {v for g in groups for f in g.facts for v in (f.oldest_version, f.newest_version)}
         assert met == {version}, f"an evaluation of version {version} met {met}"
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)
         append_json(self.config.run_dir / "evaluations.jsonl", {"update": update, **result.as_dict()})
+        self._watch(self.eval_watch.see(result.steps.mean, result.tokens.mean), "held-out problems")
         # At the update of now, not of its start: Weights & Biases drops what goes back.
         self.log.evaluation(
             {"accuracy": result.accuracy.mean, "tokens": result.tokens.mean, "steps": result.steps.mean}, self.update

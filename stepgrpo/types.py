@@ -86,6 +86,8 @@ class Probe:
     token_ids: tuple[int, ...]
     """The tentative answer, as far as it was decoded."""
     verdict: Verdict
+    text: str = ""
+    """Question and tentative answer, where that was decoded to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,8 @@ class TrajectoryFacts:
     newest_version: int
     probe_confidences: tuple[float, ...]
     probe_verdicts: tuple[Verdict, ...]
+    probe_correct: tuple[bool | None, ...]
+    """Whether each tentative answer was right; None where none was decoded to its end."""
     probe_tokens: int
     discarded_tokens: int
 

@@ -19,6 +19,7 @@ PLAIN = TrajectoryFacts(
     newest_version=0,
     probe_confidences=(),
     probe_verdicts=(),
+    probe_correct=(),
     probe_tokens=0,
     discarded_tokens=0,
 )

@@ -25,16 +25,17 @@ from stepgrpo.actors.truncation import (
     ANSWER,
     THINK,
     Answer,
-    ConfidencePolicy,
     Preset,
     ProbePolicy,
     Thinking,
     Trigger,
     is_control,
     is_probed,
+    make_policy,
     seed_for,
 )
 from stepgrpo.config import EvalConfig, RolloutConfig
+from stepgrpo.reward.steps import make_step_rule
 from stepgrpo.tokens import Codec
 from stepgrpo.types import Exit, Group, Probe, Prompt, Trajectory, Verdict, VersionSpan
 
@@ -88,10 +89,8 @@ class Rollout:
         think_close: str,
         eos_ids: Sequence[int],
         run_seed: int,
-        policy: ProbePolicy | None = None,
     ) -> None:
-        """``policy`` decides when thinking ends; None is ``ConfidencePolicy``. It needs ``config.probe``.
-
+        """
         Raises:
             ValueError: a setting that does not fit the tokenizer or the token budget.
         """
@@ -102,6 +101,7 @@ class Rollout:
         self.eos_ids = frozenset(eos_ids)
         self.stop_ids = tuple(sorted(self.eos_ids))
         self.run_seed = run_seed
+        self.step_rule = make_step_rule(config)
         # What the budget forces is the same for every method that is compared, whatever a preset would append to it.
         self.close_ids = codec.encode(think_close)
         self.think_budget = self._think_budget()
@@ -110,7 +110,7 @@ class Rollout:
             preset = Preset.resolve(config.probe, think_close)
             stop_ids = {i for text in preset.stop if (i := codec.single_token(text)) is not None}
             self.probing = _Probing(
-                policy=policy or ConfidencePolicy(preset, codec),
+                policy=make_policy(config.probe, preset, codec),
                 preset=preset,
                 closing=codec.encode(preset.closing),
                 sampling=Sampling(
@@ -124,8 +124,6 @@ class Rollout:
                 max_probes=config.probe.max_probes,
                 probability=config.probe.probability,
             )
-        elif policy:
-            raise ValueError("rollout.probe: got null, takes the settings of probing where a probe policy is given")
 
     def _think_budget(self) -> int | None:
         ratio, total = self.config.think_ratio, self.config.max_response_tokens
@@ -142,7 +140,8 @@ class Rollout:
     async def group(self, prompt: Prompt, group_size: int, *, plain: EvalConfig | None = None) -> Group:
         """Sample ``group_size`` trajectories of one prompt.
 
-        ``plain`` decodes as evaluation does: with its sampling and token limit, nothing probed, nothing forced.
+        ``plain`` decodes as evaluation does: with its sampling and token limit, nothing forced, and nothing probed
+        unless ``plain.early_exit`` says so.
 
         The first failure of a trajectory is raised, once every request of the group is closed.
         """
@@ -194,9 +193,9 @@ class _Probe:
     hopeless: bool = False
     stale: bool = False
 
-    def record(self, verdict: Verdict, confidence: float = math.nan) -> Probe:
+    def record(self, verdict: Verdict, confidence: float = math.nan, text: str = "") -> Probe:
         ids = () if verdict is Verdict.UNUSED else tuple(self.token_ids)
-        return Probe(self.trigger.index, self.trigger.position, confidence, ids, verdict)
+        return Probe(self.trigger.index, self.trigger.position, confidence, ids, verdict, text)
 
 
 class _Cut(NamedTuple):
@@ -212,15 +211,16 @@ class _Run:
 
     def __init__(self, rollout: Rollout, prompt: Prompt, sample: int, plain: EvalConfig | None) -> None:
         self.rollout = rollout
+        self.plain = plain is not None
         self.config = config = plain or rollout.config
         self.prompt: list[int] = prompt.token_ids.tolist()
         self.key = (rollout.run_seed, prompt.draw, sample)
         self.control = False
-        self.probing = None if plain else rollout.probing
-        if self.probing and is_control(*self.key, rollout.config.control_fraction):
+        self.probing = rollout.probing if plain is None or plain.early_exit else None
+        if self.probing and not plain and is_control(*self.key, rollout.config.control_fraction):
             self.probing, self.control = None, True
         limited = rollout.think_budget is not None or rollout.config.repetition_limit is not None
-        self.decides = not plain and (limited or self.probing is not None)
+        self.decides = self.probing is not None or (limited and not plain)
         self.max_tokens = config.max_response_tokens
         # The response so far, whatever of it will stay.
         self.token_ids: list[int] = []
@@ -303,11 +303,11 @@ class _Run:
         rollout = self.rollout
         thinking = Thinking(
             rollout.codec,
-            rollout.config.triggers,
+            rollout.step_rule,
             rollout.think_close,
-            budget=rollout.think_budget,
+            budget=None if self.plain else rollout.think_budget,
             eos_ids=rollout.eos_ids,
-            repetition_limit=rollout.config.repetition_limit,
+            repetition_limit=None if self.plain else rollout.config.repetition_limit,
         )
         async with self._stream(self.prompt, sampling) as chunks:
             async for chunk in chunks:
@@ -389,14 +389,15 @@ class _Run:
             return probe.record(Verdict.DECLINED)
         confidence = math.nan if probe.question is None else preset.confidence(probe.logprobs, probe.closed)
         self.answers.append(Answer(probe.trigger, tuple(probe.token_ids), confidence))
+        text = self.rollout.codec.decode([*(probe.question or ()), *probe.token_ids])
         closing = self.probing.closing
         if preset.keep_answer and probe.question is not None:
             closing = [*probe.question, *probe.token_ids]
         fits = probe.trigger.position + len(closing) <= self.max_tokens
         if not (policy.confident(self.answers) and fits):
-            return probe.record(Verdict.DECLINED, confidence)
+            return probe.record(Verdict.DECLINED, confidence, text)
         self.decided.set_result(_Cut(Exit.CONFIDENT, probe.trigger.position, closing))
-        return probe.record(Verdict.CONFIDENT, confidence)
+        return probe.record(Verdict.CONFIDENT, confidence, text)
 
     def _record(self, cut: _Cut | None, discarded_tokens: int = 0) -> Trajectory:
         prompt_len, num_tokens = len(self.prompt), len(self.token_ids)

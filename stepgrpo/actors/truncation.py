@@ -13,7 +13,8 @@ from hashlib import blake2b
 from typing import Literal, NamedTuple, Protocol, Self, TypeVar
 
 from stepgrpo.config import ProbeConfig
-from stepgrpo.reward.steps import find_triggers
+from stepgrpo.plugin import is_own, load_own
+from stepgrpo.reward.steps import StepRule
 from stepgrpo.tokens import Codec, TextStream
 from stepgrpo.types import Exit
 
@@ -179,6 +180,18 @@ class ConfidencePolicy:
         return answers[-1].confidence > self._delta
 
 
+def make_policy(config: ProbeConfig, preset: Preset, codec: Codec) -> ProbePolicy:
+    """The policy that ``rollout.probe.policy`` names.
+
+    Raises:
+        ConfigError: the user's own cannot be imported.
+    """
+    if is_own(config.policy):
+        policy: ProbePolicy = load_own(config.policy, "rollout.probe.policy")(config, preset, codec)
+        return policy
+    return ConfidencePolicy(preset, codec)
+
+
 class Forced(NamedTuple):
     """Thinking is closed without asking: the tokens before ``position`` stay."""
 
@@ -195,7 +208,7 @@ class Thinking:
     def __init__(
         self,
         codec: Codec,
-        triggers: Sequence[str],
+        rule: StepRule,
         think_close: str,
         *,
         budget: int | None = None,
@@ -208,13 +221,12 @@ class Thinking:
         """Response tokens up to the end of the policy's own closing marker."""
         self.forced: Forced | None = None
         self._stream = TextStream(codec)
-        self._triggers = tuple(triggers)
+        self._rule = rule
         self._think_close = think_close
         self._budget = math.inf if budget is None else budget
         self._eos_ids = eos_ids
         self._repetition_limit = repetition_limit
-        self._longest = max(map(len, self._triggers))
-        self._tail = max(self._longest + 1, len(think_close) - 1)  # one more than a trigger: its left boundary
+        self._tail = max(2 * rule.reach, len(think_close) - 1)  # an opening may be unsettled, and looks to its left
         self._num_tokens = 0
         self._num_triggers = 0
         self._window = ""  # end of the text so far, from character `_base` on
@@ -258,7 +270,7 @@ class Thinking:
         else:
             end = len(window)
         found = []
-        for start, stop in find_triggers(window, self._triggers, final=final, start=self._settled - self._base):
+        for start, stop in self._rule.openings(window, final=final, start=self._settled - self._base):
             if start >= end:
                 break
             trigger = Trigger(self._num_triggers, self._stream.token_at(self._base + start))
@@ -269,7 +281,7 @@ class Thinking:
                 self.forced = Forced(Exit.REPETITION, trigger.position)
                 break
             found.append(trigger)
-        self._settled = max(self._settled, self._base + len(window) - self._longest)
+        self._settled = max(self._settled, self._base + len(window) - self._rule.reach)
         cut = max(0, len(window) - self._tail)
         self._window = window[cut:]
         self._base += cut

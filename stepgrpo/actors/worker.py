@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from stepgrpo.actors.describe import describe
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
 from stepgrpo.actors.rollout import Rollout
 from stepgrpo.config import Config
@@ -60,14 +62,25 @@ class RolloutWorker:
         group = await self._rollout.group(prompt, self._config.rollout.group_size)
         return sum(t.num_tokens for t in group.trajectories), group
 
-    async def evaluate(self, prompts: list[Prompt]) -> list[GradedGroup]:
-        """Decode plainly and grade. The caller sees to it that no weights are loaded meanwhile."""
+    async def evaluate(self, prompts: list[Prompt], keep: bool) -> list[tuple[GradedGroup, dict[str, Any] | None]]:
+        """Decode as `eval` says and grade. The caller sees to it that no weights are loaded meanwhile.
 
-        async def one(prompt: Prompt) -> GradedGroup:
-            group = await self._rollout.group(prompt, self._config.eval.samples, plain=self._config.eval)
-            return await grade_group(group, self._grader, self._config.rollout.triggers, train_exit_tokens=False)
+        Returns:
+            For each prompt its graded responses and, where ``keep`` asks for it, their description.
+        """
+        rollout, close = self._rollout, self._config.model.think_close
+
+        async def one(prompt: Prompt) -> tuple[GradedGroup, dict[str, Any] | None]:
+            group = await rollout.group(prompt, self._config.eval.samples, plain=self._config.eval)
+            graded = await grade_group(group, self._grader, rollout.step_rule, close, train_exit_tokens=False)
+            return graded, describe(group, graded, rollout.codec, rollout.step_rule, close) if keep else None
 
         return list(await asyncio.gather(*(one(p) for p in prompts)))
+
+    async def describe(self, group: Sequence[Awaitable[Group]], graded: GradedGroup) -> dict[str, Any]:
+        """A graded group for people. ``group``: a list of one reference, which Ray passes on without fetching."""
+        rollout = self._rollout
+        return describe(await group[0], graded, rollout.codec, rollout.step_rule, self._config.model.think_close)
 
     async def load(self, weights: WeightVersion) -> float:
         """Fetch a version once per node while decoding goes on, then change to it between two tokens.

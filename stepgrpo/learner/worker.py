@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig
+from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig, RolloutConfig
 from stepgrpo.learner.batch import MicroBatch, Plan, Row, collate, pair_sample, partition, sample_of
 from stepgrpo.reward.graded import grade_group
 from stepgrpo.reward.outcome import make_grader
+from stepgrpo.reward.steps import make_step_rule
 from stepgrpo.types import GradedGroup, Group, IntArray
 from stepgrpo.weights import Manifest, pack
 
@@ -48,20 +49,18 @@ class LearnerWorker:
         *,
         device: str,
         total_updates: int,
-        temperature: float = 1.0,
+        rollout: RolloutConfig | None = None,
         reward: RewardConfig | None = None,
-        triggers: Sequence[str] = (),
     ) -> None:
         """
         Args:
             total_updates: of the whole run, for the learning rate's schedule.
-            temperature: of the rollouts.
-            reward: None: supervised training, which neither grades nor has a reference.
-            triggers: words that open a reasoning step.
+            rollout, reward: None: supervised training, which neither grades nor has a reference.
         """
         self._rank, self._world_size = rank, world_size
         self._config, self._model, self._device = config, model, device
-        self._temperature, self._triggers = temperature, triggers
+        self._temperature = 1.0 if rollout is None else rollout.temperature
+        self._step_rule = None if rollout is None else make_step_rule(rollout)
         self._total_updates, self._num_updates = total_updates, 0
         self._packed = model.packed
         self._grader = None if reward is None else make_grader(reward, model.think_close)
@@ -101,9 +100,13 @@ class LearnerWorker:
         Args:
             group: a list of one reference.
         """
-        assert self._grader is not None, "supervised training does not grade"
+        assert self._grader is not None and self._step_rule is not None, "supervised training does not grade"
         return await grade_group(
-            await group[0], self._grader, self._triggers, train_exit_tokens=self._config.train_exit_tokens
+            await group[0],
+            self._grader,
+            self._step_rule,
+            self._model.think_close,
+            train_exit_tokens=self._config.train_exit_tokens,
         )
 
     async def update(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> list[dict[str, float]]:

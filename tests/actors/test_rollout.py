@@ -494,10 +494,10 @@ async def test_fault_1_a_trigger_is_in_the_context_once_and_never_before_a_force
     """Eight triggers are eight triggers, and an exit at the first leaves none, so that the step reward points right."""
     natural = "4 " + "Wait 5 " * 8 + "</think> <eos>"
     t = await rollout(ScriptedEngine(script(natural))).trajectory(PROMPT, 0)
-    assert count_steps(t.text, ("Wait",)) == 1 + 8
+    assert count_steps(t.text) == 1 + 8
     t = await rollout(ScriptedEngine(script(natural, {1: ("{ 4 }", SURE)}, final="5 <eos>"))).trajectory(PROMPT, 0)
     assert t.text == "4 </think> 5 <eos>"
-    assert count_steps(t.text, ("Wait",)) == 1
+    assert count_steps(t.text) == 1
 
 
 async def test_fault_4_equal_steps_with_repeated_words_are_found_and_different_ones_reset_the_count():
@@ -730,6 +730,6 @@ async def test_a_natural_trajectory_shows_the_rollout_as_many_triggers_as_the_re
         engine = ScriptedEngine(reply, chunk_size=1 + draw % 9)
         t = await Rollout(engine, codec, config, CLOSE, [eos], 0).trajectory(prompt_of([tokens[0]], draw), 0)
         assert t.exit is Exit.NATURAL
-        assert len(t.probes) == count_steps(t.text, ("Wait",)) - 1
+        assert len(t.probes) == count_steps(t.text) - 1
         counted.append(len(t.probes))
     assert max(counted) > 3

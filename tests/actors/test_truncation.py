@@ -18,7 +18,7 @@ from stepgrpo.actors.truncation import (
     seed_for,
 )
 from stepgrpo.config import ProbeConfig
-from stepgrpo.reward.steps import count_steps
+from stepgrpo.reward.steps import TriggerRule, count_steps
 from stepgrpo.types import Exit
 
 CLOSE = "</think>"
@@ -35,7 +35,7 @@ def pieces(*parts):
 
 def follow(codec, ids, chunk_size, *, triggers=("Wait",), end=True, **options):
     """Feed ``ids`` in chunks until thinking ends; return it with the positions of its triggers."""
-    thinking = Thinking(codec, triggers, CLOSE, **options)
+    thinking = Thinking(codec, TriggerRule(triggers), CLOSE, **options)
     found = []
     for a in range(0, len(ids), chunk_size):
         if thinking.closed is None and thinking.forced is None:
@@ -83,7 +83,7 @@ def test_waiting_is_no_trigger():
 
 
 def test_a_trigger_counts_once_its_right_boundary_is_known():
-    thinking = Thinking(PIECES, ("Wait",), CLOSE)
+    thinking = Thinking(PIECES, TriggerRule(), CLOSE)
     assert thinking.feed(pieces("4", " Wait")) == []
     assert thinking.feed(pieces(",")) == [Trigger(0, 1)]
     assert thinking.feed(pieces(" Wait")) == []
@@ -107,7 +107,7 @@ def test_triggers_of_random_texts_are_those_that_the_reward_counts():
         ids = pieces(*rng.choices(["Wait", " Wait", "Wa", "it", "ing", " ", "a", "\n\nWait", ".\n\n"], k=40))
         text = PIECES.decode(ids)
         found = positions(PIECES, ids)
-        assert len(found) == count_steps(text, ("Wait",)) - 1
+        assert len(found) == count_steps(text) - 1
         for position, match in zip(found, re.finditer(r"(?<!\w)Wait(?!\w)", text), strict=True):
             assert len(PIECES.decode(ids[:position])) <= match.start() < len(PIECES.decode(ids[: position + 1]))
 

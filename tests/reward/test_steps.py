@@ -4,7 +4,7 @@ import random
 import pytest
 
 from stepgrpo.reward.schemes import step_aware
-from stepgrpo.reward.steps import count_steps, find_triggers
+from stepgrpo.reward.steps import TriggerRule, count_steps
 
 
 @pytest.mark.parametrize(
@@ -28,35 +28,35 @@ def test_a_step_begins_at_a_word_that_stands_alone(text: str, steps: int) -> Non
 
 def test_spans_cut_out_exactly_the_triggers() -> None:
     text = "ok Wait no Alternatively so Waiting. Hmm, Wait"
-    spans = find_triggers(text, ("Hmm,", "Wait", "Alternatively"))
+    spans = TriggerRule(("Hmm,", "Wait", "Alternatively")).openings(text)
     assert [text[a:b] for a, b in spans] == ["Wait", "Alternatively", "Hmm,", "Wait"]
 
 
 def test_the_longest_trigger_wins_whatever_the_order_they_are_given_in() -> None:
     for triggers in itertools.permutations(("But", "But wait", "wait")):
-        assert find_triggers("But wait, But no wait", triggers) == [(0, 8), (10, 13), (17, 21)]
+        assert TriggerRule(triggers).openings("But wait, But no wait") == [(0, 8), (10, 13), (17, 21)]
 
 
 def test_triggers_are_words_not_patterns() -> None:
-    assert find_triggers("W.it Wait a+b aab", ("W.it", "a+b")) == [(0, 4), (10, 13)]
+    assert TriggerRule(("W.it", "a+b")).openings("W.it Wait a+b aab") == [(0, 4), (10, 13)]
 
 
 @pytest.mark.parametrize("triggers", [(), ("",), ("Wait", "")])
 def test_an_empty_trigger_is_refused(triggers: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="takes at least one word"):
-        find_triggers("text", triggers)
+        TriggerRule(triggers).openings("text")
 
 
 def test_a_trigger_at_the_end_counts_only_once_its_right_boundary_is_known() -> None:
-    assert find_triggers("a Wait b Wait", final=False) == [(2, 6)]
-    assert find_triggers("a Wait b Wait,", final=False) == [(2, 6), (9, 13)]
-    assert find_triggers("a Wait b Waiting", final=False) == [(2, 6)]
-    assert find_triggers("a Wait b Wait") == [(2, 6), (9, 13)]
+    assert TriggerRule().openings("a Wait b Wait", final=False) == [(2, 6)]
+    assert TriggerRule().openings("a Wait b Wait,", final=False) == [(2, 6), (9, 13)]
+    assert TriggerRule().openings("a Wait b Waiting", final=False) == [(2, 6)]
+    assert TriggerRule().openings("a Wait b Wait") == [(2, 6), (9, 13)]
 
 
 def test_the_character_before_the_offset_still_decides_about_a_boundary() -> None:
-    assert find_triggers("aWait Wait", start=1) == [(6, 10)]
-    assert find_triggers(" Wait", start=1) == [(1, 5)]
+    assert TriggerRule().openings("aWait Wait", start=1) == [(6, 10)]
+    assert TriggerRule().openings(" Wait", start=1) == [(1, 5)]
 
 
 TRIGGERS = ("Wait", "But", "But Wait", "But Wait a", "a")
@@ -70,9 +70,9 @@ def random_texts() -> list[str]:
 
 def test_what_is_found_in_a_stream_is_never_taken_back() -> None:
     for text in random_texts():
-        whole = find_triggers(text, TRIGGERS)
+        whole = TriggerRule(TRIGGERS).openings(text)
         for cut in range(len(text) + 1):
-            found = find_triggers(text[:cut], TRIGGERS, final=False)
+            found = TriggerRule(TRIGGERS).openings(text[:cut], final=False)
             assert found == whole[: len(found)], (text, cut)
 
 
@@ -82,9 +82,9 @@ def test_a_stream_scanned_from_where_it_was_left_gives_what_one_scan_gives() -> 
         found: list[tuple[int, int]] = []
         start = 0
         for cut in range(0, len(text), 3):
-            found += find_triggers(text[:cut], TRIGGERS, start=start, final=False)
+            found += TriggerRule(TRIGGERS).openings(text[:cut], start=start, final=False)
             start = max(0, cut - longest, found[-1][1] if found else 0)
-        assert found + find_triggers(text, TRIGGERS, start=start) == find_triggers(text, TRIGGERS)
+        assert found + TriggerRule(TRIGGERS).openings(text, start=start) == TriggerRule(TRIGGERS).openings(text)
 
 
 def test_doubled_triggers_invert_the_step_reward_and_single_ones_do_not() -> None:
