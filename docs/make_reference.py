@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stepgrpo.config import Config, SftConfig
+from stepgrpo.config import CompareConfig, Config, MethodConfig, SftConfig
 from stepgrpo.metrics import METRICS
 
 INTRODUCTION = """\
@@ -21,6 +21,10 @@ A run is one YAML file, such as `configs/quickstart.yaml`. Any setting can be ov
 with its dotted key and a YAML value; lists are replaced as a whole, `null` means none:
 
     stepgrpo train configs/quickstart.yaml train.num_batches=20 rollout.probe.delta=0.9 'rollout.triggers=[Wait, Hmm]'
+
+A YAML file there is laid over the first one, so that a method is a few lines of its own (`configs/methods/`):
+
+    stepgrpo train configs/quickstart.yaml configs/methods/grpo.yaml name=grpo
 
 A file may start from another one beside it and say only what differs:
 
@@ -77,6 +81,9 @@ def configuration() -> str:
     parts = [INTRODUCTION, "## A training run", *_section(Config)]
     parts += ["## Supervised fine-tuning", "`stepgrpo sft` takes these, and the settings named alike above:"]
     parts += ["\n".join(_table(SftConfig, "", own))]
+    parts += ["## A table of methods", "`stepgrpo compare` takes a file of its own:"]
+    parts += ["\n".join(_table(CompareConfig, "", list(CompareConfig.model_fields)))]
+    parts += ["### `methods.<name>`", "\n".join(_table(MethodConfig, "", list(MethodConfig.model_fields)))]
     return "\n\n".join(p.strip() for p in parts) + "\n"
 
 
@@ -103,7 +110,9 @@ def _table(section: type[BaseModel], prefix: str, names: list[str]) -> Iterator[
     yield "|---|---|---|---|"
     for name in names:
         field, shape = section.model_fields[name], schema[name]
-        default = "must be set" if field.is_required() else f"`{json.dumps(shape['default'])}`"
+        default = (
+            "must be set" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+        )
         meaning = " ".join((field.description or "").split())
         yield f"| `{prefix}{name}` | {_takes(shape)} | {default} | {meaning} |".replace(" |  |", " | |")
 
@@ -116,6 +125,8 @@ def _takes(shape: dict[str, Any]) -> str:
         return ", ".join(f"`{v}`" for v in shape["enum"])
     if "prefixItems" in shape:
         return "list of " + ", ".join(_takes(s) for s in shape["prefixItems"])
+    if shape.get("type", "object") == "object":
+        return "mapping"
     if shape["type"] == "array":
         return f"list of {_takes(shape['items'])}s"
     bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}

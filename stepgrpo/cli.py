@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from stepgrpo.console import Display
+    from stepgrpo.triggers import Survey
 
 
 class Preset(StrEnum):
@@ -138,6 +140,7 @@ def compare(
     ] = False,
 ) -> None:
     """Train every method of a table on equal footing; a second call goes on where the first ended."""
+    from stepgrpo.config import ConfigError
 
     def job(display: Display) -> None:
         import stepgrpo.compare as comparison
@@ -146,11 +149,42 @@ def compare(
             result = comparison.write_table(comparison.jobs(config)[0], config)
         else:
             result = comparison.compare(config, display, only or [])
+        if not result["methods"]:
+            raise ConfigError(f"{config}: no row is finished yet; run the command without --table")
         display.console.print(_methods(result))
         if failed := result.get("failed"):
             raise SystemExit(
                 f"{len(failed)} rows failed: {', '.join(failed)}; run the command again to go on with them"
             )
+
+    _guard(job)
+
+
+@app.command()
+def data(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=FILE]|FILE", help="Look for overlap with these as well.")
+    ] = None,
+) -> None:
+    """Report on a run's data: repeated problems, bad lines, prompt lengths, overlap with what it is evaluated on."""
+    from stepgrpo.config import Config, load
+
+    def job(display: Display) -> None:
+        from stepgrpo.data import describe
+
+        sets = describe(load(Config, config, overrides), benchmark or [])
+        rows = {
+            s.source: [
+                *(f"{n:,}" for n in (s.problems, s.duplicates, s.conflicts, s.bad_lines)),
+                f"{s.median_prompt_tokens:,} / {s.max_prompt_tokens:,}",
+                ", ".join(f"{name}: {n:,}" for name, n in s.overlap.items()),
+            ]
+            for s in sets
+        }
+        columns = ["problems", "repeated", "in conflict", "bad lines", "prompt tokens\nmedian / most", "also held out"]
+        display.console.print(_grid(columns, rows))
 
     _guard(job)
 
@@ -167,6 +201,47 @@ def report(
 
         write(runs, output)
         display.print(f"The report: {output}")
+
+    _guard(job)
+
+
+@app.command()
+def triggers(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub name.")],
+    overrides: Overrides = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE|BENCHMARK", help="Problems to think about; none: data.eval.")
+    ] = None,
+    config: Annotated[Path, typer.Option(help="Run configuration to take data and decoding from.")] = Path(
+        "configs/quickstart.yaml"
+    ),
+    samples: Annotated[int, typer.Option(min=1, help="Responses per problem.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Write the proposals to this JSON file.")] = None,
+) -> None:
+    """Propose trigger words: how does this model open its steps? Takes 64 problems (eval.num_prompts)."""
+    from stepgrpo.config import Config, ConfigError, load
+
+    def job(display: Display) -> None:
+        from stepgrpo import run, rundir
+        from stepgrpo.triggers import survey
+
+        # `structure`: the words of rollout.triggers may be none that this model's tokenizer can spell.
+        settings = [f"model.path={model}", "eval.num_prompts=64", "rollout.step_rule=structure"]
+        loaded = load(Config, config, [*settings, f"eval.samples={samples}", *(overrides or [])])
+        source = prompts or loaded.data.eval
+        if source is None:
+            raise ConfigError("--prompts: got none and data.eval is null; takes a benchmark's name or a file")
+        if output:
+            rundir.writable(output)
+        groups: list[dict[str, Any]] = []
+        run.evaluate(loaded, display, [source], lambda _, group: groups.append(group))
+        found = survey(groups, loaded.model.think_close)
+        if found.candidates:
+            display.console.print(_candidates(found))
+        for line in [*(f"... {example}" for c in found.candidates for example in c.examples), "", *found.advice]:
+            display.console.print(line, markup=False, soft_wrap=True)
+        if output:
+            rundir.save_json(output, {"model": model, **found.as_dict()})
 
     _guard(job)
 
@@ -250,33 +325,42 @@ def _benchmarks(record: dict[str, Any]) -> Any:
         columns["mean"] = record["mean"]
     samples = max(c.get("samples", 1) for c in columns.values())
     rows: dict[str, list[str]] = {f"accuracy{f' (mean@{samples})' if samples > 1 else ''}, %": []}
-    rows[next(iter(rows))] = [_show(c["accuracy"], 1, 100) for c in columns.values()]
+    rows[next(iter(rows))] = [_stacked(c["accuracy"], 1, 100) for c in columns.values()]
     for k in sorted({int(k) for c in columns.values() for k in c.get("pass_at", {}) if int(k) > 1}):
-        rows[f"pass@{k}, %"] = [_show(c["pass_at"][k], 1, 100) if "pass_at" in c else "" for c in columns.values()]
-    rows["tokens per answer"] = [_show(c["tokens"], 1) for c in columns.values()]
-    rows["steps per answer"] = [_show(c["steps"], 2) for c in columns.values()]
+        rows[f"pass@{k}, %"] = [_stacked(c["pass_at"][k], 1, 100) if "pass_at" in c else "" for c in columns.values()]
+    rows["tokens per answer"] = [_stacked(c["tokens"], 1) for c in columns.values()]
+    rows["steps per answer"] = [_stacked(c["steps"], 2) for c in columns.values()]
     if any(c.get("probe_tokens") for c in columns.values()):
         rows["probe tokens on top"] = [
             f"{c['probe_tokens']:.1f}" if "probe_tokens" in c else "" for c in columns.values()
         ]
         rows["ended on confidence, %"] = [f"{c['exited']:.1%}"[:-1] if "exited" in c else "" for c in columns.values()]
     if any(c.get("share") for c in columns.values()):
-        rows["share of the reference's tokens, %"] = [_show(c["share"], 1, 100) for c in columns.values()]
+        rows["share of the reference's tokens, %"] = [_stacked(c["share"], 1, 100) for c in columns.values()]
     return _grid(columns, rows)
 
 
 def _methods(result: dict[str, Any]) -> Any:
     rows = {}
     for m in result["methods"]:
-        share = _show(m["share"], 1, 100) if m["share"] else ""
+        share = _stacked(m["share"], 1, 100) if m["share"] else ""
         rows[m["label"]] = [
-            _show(m["accuracy"], 1, 100),
-            _show(m["tokens"], 1),
+            _stacked(m["accuracy"], 1, 100),
+            _stacked(m["tokens"], 1),
             share,
-            _show(m["steps"], 2),
+            _stacked(m["steps"], 2),
             str(m["seeds"]),
         ]
     return _grid(["accuracy, %", "tokens", f"% of {result['reference']}", "steps", "seeds"], rows)
+
+
+def _candidates(found: Survey) -> Any:
+    columns = ["% of responses", "times each", "place, %", "repeats, %", "after truth, %", "alone, %", "mark"]
+    rows = {}
+    for c in found.candidates:
+        traits = ["" if math.isnan(share) else f"{share:.0%}"[:-1] for share in c.traits]
+        rows[c.phrase] = [f"{c.responses:.0%}"[:-1], f"{c.per_response:.2f}", *traits, f"{c.mark:.2f}"]
+    return _grid(columns, rows)
 
 
 def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:
@@ -295,6 +379,11 @@ def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:
 def _show(e: dict[str, float], digits: int, factor: float = 1.0) -> str:
     mean, low, high = (e[k] * factor for k in ("mean", "low", "high"))
     return f"{mean:.{digits}f}  \\[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _stacked(e: dict[str, float], digits: int, factor: float = 1.0) -> str:
+    """The interval below: several columns would not fit a terminal's width."""
+    return _show(e, digits, factor).replace("  ", "\n")
 
 
 def _note_failures(display: Display, failures: int) -> None:

@@ -15,61 +15,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
 from stepgrpo import run, rundir, sft
-from stepgrpo.config import Config, ConfigError, NonNegativeInt, Section, SftConfig, load, overlay, read, validate
+from stepgrpo.config import CompareConfig, Config, ConfigError, MethodConfig, SftConfig, load, overlay, read, validate
 from stepgrpo.console import Display
 from stepgrpo.evaluate import COLUMNS, NUM_RESAMPLES, Answers, Estimate
 from stepgrpo.train import one_line
-
-MAIN = "Methods"
-
-
-class MethodConfig(Section):
-    """One line of the table."""
-
-    kind: Literal["train", "eval", "distill"] = "train"
-    """`train`: reinforcement learning; `eval`: the starting model as it is; `distill`: supervised learning on the
-    starting model's own correct answers, decoded with early exit from as many responses as training would sample."""
-    label: str | None = None
-    """Its name in the table; null: its key."""
-    group: str = MAIN
-    """Heading it stands under."""
-    overlay: str | None = None
-    """YAML file laid over the run's."""
-    set: dict[str, Any] = Field(default_factory=dict)
-    """Settings laid over both."""
-    sft: dict[str, Any] = Field(default_factory=dict)
-    """For `distill`: settings of the supervised training."""
-    seeds: list[NonNegativeInt] | None = None
-    """null: the table's."""
-    published: dict[Literal["accuracy", "share"], float] = Field(default_factory=dict)
-    """What the paper has, in %."""
-
-
-class CompareConfig(Section):
-    """A table of methods."""
-
-    name: str
-    run: str
-    """YAML file of the run that all methods share; paths are relative to the comparison's own file."""
-    results: str
-    """Directory of the rows and the table."""
-    seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
-    reference: str = "vanilla"
-    """Method whose tokens are 100 %."""
-    methods: dict[str, MethodConfig]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.reference not in self.methods:
-            raise ValueError(f"reference: got {self.reference}, takes one of {', '.join(self.methods)}")
-        return self
 
 
 class Job:
@@ -262,7 +217,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
         if m["group"] != group:
             group = m["group"]
             lines += [
-                *([""] if group != MAIN else []),
+                *([""] if group != MethodConfig.MAIN else []),
                 f"## {group}",
                 "",
                 f"| method | accuracy, % | tokens | tokens, % of {result['reference']} | steps | seeds "

@@ -59,7 +59,8 @@ class DataConfig(Section):
     train: str
     """Training problems."""
     eval: str | None = None
-    """Held-out problems for evaluation; none skips evaluation."""
+    """Held-out problems for evaluation: a benchmark such as `math500`, a local copy of one such as `math500=FILE`, or a
+    file or hub data set with the columns below; none skips evaluation."""
     subset: str | None = None
     """Subset of a hub data set; null: its default."""
     split: str = "train"
@@ -72,10 +73,28 @@ class DataConfig(Section):
     """Appended to each question, after a blank."""
     chat_template: bool = True
     """Wrap the question with the tokenizer's own chat template; off: the question is the prompt."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as `{enable_thinking: true}` for Qwen3."""
     max_prompt_tokens: PositiveInt = 2048
     """A longer prompt is a bad line."""
     on_bad_line: Literal["fail", "skip"] = "fail"
     """What to do with a line that does not parse, lacks a field, or is too long: stop, or leave it out and count it."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What to do with repeated problems. `drop`: of equal questions with one answer the first is used, of equal
+    questions with several answers none, since it cannot be known which is right; `keep`: all are used."""
+    overlap: Literal["drop", "warn", "fail"] = "drop"
+    """What to do with training problems that are also held out, equal or nearly so: leave out, only say so, or stop."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.chat_template_kwargs and not self.chat_template:
+            raise ValueError(
+                "data.chat_template_kwargs: got some, takes none where data.chat_template is false: nothing reads them"
+            )
+        ours = {"conversation", "add_generation_prompt", "tokenize", "return_dict"} & self.chat_template_kwargs.keys()
+        if ours:
+            raise ValueError(f"data.chat_template_kwargs: got {min(ours)}, takes variables of the template only")
+        return self
 
 
 class ProbeConfig(Section):
@@ -166,8 +185,8 @@ class RewardConfig(Section):
     scheme: Word = "step_aware"
     """`step_aware`: Step-GRPO's relative reward over reasoning steps. `outcome`: plain GRPO, accuracy and format.
     `length_penalty`: a correct response earns less the longer it is among its group's correct ones. `overlong`:
-    accuracy, less a ramp towards the token limit. `easy_length_penalty`: the length penalty in the batch's most accurate
-    groups, accuracy in the others. `package.module:name`: your own."""
+    accuracy, less a ramp towards the token limit. `easy_length_penalty`: the length penalty in the batch's most
+    accurate groups, accuracy in the others. `package.module:name`: your own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of your own scheme or grader, which are given this section."""
     alpha: Fraction = 0.9
@@ -445,6 +464,53 @@ class SftConfig(RunConfig):
                 f"learner.micro_batch_tokens: got {self.learner.micro_batch_tokens}, "
                 f"takes at least max_tokens ({self.max_tokens})"
             )
+        return self
+
+
+class MethodConfig(Section):
+    """One line of a table of methods."""
+
+    MAIN: ClassVar[str] = "Methods"
+
+    kind: Literal["train", "eval", "distill"] = "train"
+    """`train`: reinforcement learning; `eval`: the starting model as it is; `distill`: supervised learning on the
+    starting model's own correct answers, decoded with early exit from as many responses as training would sample."""
+    label: str | None = None
+    """Its name in the table; null: its key."""
+    group: str = MAIN
+    """Heading it stands under."""
+    overlay: str | None = None
+    """YAML file laid over the run's."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings laid over both."""
+    sft: dict[str, Any] = Field(default_factory=dict)
+    """For `distill`: settings of the supervised training."""
+    seeds: list[NonNegativeInt] | None = None
+    """null: the table's."""
+    published: dict[Literal["accuracy", "share"], float] = Field(default_factory=dict)
+    """What the paper has, in %."""
+
+
+class CompareConfig(Section):
+    """A table of methods."""
+
+    name: str
+    """Its runs lie under `<runs_dir>/compare/<name>/`."""
+    run: str
+    """YAML file of the run that all methods share; paths are relative to the comparison's own file."""
+    results: str
+    """Directory of the rows and the table."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0, 1, 2]
+    """Each is one training run per method."""
+    reference: str = "vanilla"
+    """Method whose tokens are 100 %."""
+    methods: dict[str, MethodConfig]
+    """By name, in the order of the table."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.reference not in self.methods:
+            raise ValueError(f"reference: got {self.reference}, takes one of {', '.join(self.methods)}")
         return self
 
 

@@ -12,6 +12,19 @@ from stepgrpo.config import ConfigError, RunConfig, brief
 C = TypeVar("C", bound=RunConfig)
 
 
+@lru_cache(maxsize=1)
+def hub_answers(timeout: float = 3.0) -> bool:
+    """Whether the hub can be reached within ``timeout`` seconds. Asked once: where it cannot, its clients would retry
+    for half a minute before they look into the local cache."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # what kind depends on the client below it; all mean no
+        return False
+    return True
+
+
 @lru_cache(maxsize=8)
 def checkpoint_files(path: str) -> Path:
     """Directory with a checkpoint's configuration and tokenizer; its weights may lie elsewhere.
@@ -29,13 +42,16 @@ def checkpoint_files(path: str) -> Path:
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or local.parent.is_dir():
         raise ConfigError(f"model.path: got {path}, no such directory; takes a checkpoint directory or a hub name")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.txt"], etag_timeout=10))
+        patterns = ["*.json", "*.jinja", "*.txt"]
+        return Path(snapshot_download(path, allow_patterns=patterns, local_files_only=not hub_answers()))
     except Exception as e:  # the hub client raises many kinds; each means the checkpoint is not at hand
+        reason = "the hub cannot be reached" if isinstance(e, LocalEntryNotFoundError) else brief(e)
         raise ConfigError(
-            f"model.path: got {path}, neither a directory here nor to be had from the hub "
-            f"({type(e).__name__}: {brief(e)}); with a network: hf download {path}"
+            f"model.path: got {path}, neither a directory here nor to be had from the hub or its local cache "
+            f"({reason}); with a network: hf download {path}"
         ) from None
 
 

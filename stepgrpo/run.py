@@ -9,16 +9,16 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from stepgrpo import launch, rundir
 from stepgrpo.actors.rollout import Rollout
 from stepgrpo.actors.truncation import Preset
+from stepgrpo.benchmarks import by_name
 from stepgrpo.config import Config, ConfigError
 from stepgrpo.console import Display
 from stepgrpo.crew import learner_bundles, rollout_bundles, rollout_crew, saved
-from stepgrpo.data import Problems, PromptStream, in_order, load_problems
+from stepgrpo.data import Problems, PromptStream, in_order, load_problems, without_overlap
 from stepgrpo.evaluate import Answers, Evaluation, compression, decode, evaluation, exit_cost, shown
 from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, max_positions, portable
 from stepgrpo.launch import Bundle
@@ -42,8 +42,9 @@ def train(config: Config, display: Display) -> dict[str, Any]:
         check_rollout(config)
         train_set = load_problems(config.data.train, config.data, tokenizer)
         held_out = load_problems(config.data.eval, config.data, tokenizer) if config.data.eval else Problems((), ())
-        phase.result = f"{len(train_set.items):,} training and {len(held_out.items):,} held-out problems"
+        train_set = without_overlap(train_set, held_out, config.data)
         note_skipped(display, train_set, held_out)
+        phase.result = f"{len(train_set.items):,} training and {len(held_out.items):,} held-out problems"
     stream, eval_prompts = PromptStream(train_set.items, config.seed), in_order(held_out.items)
 
     bundles = [*rollout_bundles(config), *learner_bundles(config)]
@@ -106,7 +107,8 @@ def evaluate(
         config = portable(config).model_copy(update={"data": config.data.model_copy(update={"eval": sources[0]})})
         tokenizer = load_tokenizer(config.model.path)
         check_rollout(config)
-        sets = {Path(source).stem: load_problems(source, config.data, tokenizer) for source in sources}
+        named = by_name(sources, config.data)
+        sets = {name: load_problems(source, config.data, tokenizer) for name, source in named.items()}
         note_skipped(display, *sets.values())
         prompts = {name: in_order(problems.items)[: config.eval.num_prompts] for name, problems in sets.items()}
         phase.result = f"{sum(map(len, prompts.values())):,} problems"
@@ -152,7 +154,9 @@ def check_rollout(config: Config) -> None:
     with _named("model.path"):
         codec = Codec.from_dir(directory)
     r, close = config.rollout, config.model.think_close
-    texts = [("model.think_close", close), *(("rollout.triggers", text) for text in r.triggers)]
+    texts = [("model.think_close", close)]
+    if r.step_rule == "triggers":
+        texts += [("rollout.triggers", text) for text in r.triggers]
     try:
         if r.probe:
             preset = Preset.resolve(r.probe, close)
@@ -179,8 +183,8 @@ def _named(field: str) -> Iterator[None]:
 
 
 def note_skipped(display: Display, *sets: Problems) -> None:
-    for skipped in (s.skipped for s in sets if s.skipped):
-        display.warn(f"{len(skipped)} bad lines left out (data.on_bad_line), the first: {skipped[0]}")
+    for note in (note for s in sets for note in s.notes):
+        display.warn(note)
 
 
 def cancel_on_sigterm() -> None:

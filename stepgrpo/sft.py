@@ -13,7 +13,7 @@ from stepgrpo import launch, rundir
 from stepgrpo.config import SftConfig
 from stepgrpo.console import Display
 from stepgrpo.crew import learner_bundles, learner_crew, saved
-from stepgrpo.data import DataError, Problem, load_problems
+from stepgrpo.data import ResponseEncoder, load_problems
 from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, portable
 from stepgrpo.launch import together
 from stepgrpo.run import cancel_on_sigterm, note_skipped
@@ -33,9 +33,15 @@ def train(config: SftConfig, display: Display) -> dict[str, Any]:
     with display.phase("prepare", "reading model and data") as phase:
         rundir.claim(config.run_dir)
         config = portable(config)
-        data = load_problems(config.data.train, config.data, load_tokenizer(config.model.path), config.response_field)
+        data = load_problems(
+            config.data.train,
+            config.data,
+            load_tokenizer(config.model.path),
+            config.response_field,
+            encode_response=_response_encoder(config),
+        )
         note_skipped(display, data)
-        pairs = _pairs(config, data.items, display)
+        pairs = [(p.token_ids, p.response_ids) for p in data.items if p.response_ids is not None]
         phase.result = f"{len(pairs):,} pairs"
     with launch.session(config.cluster, learner_bundles(config)):
         rundir.save_json(config.run_dir / "config.json", config.model_dump())
@@ -44,33 +50,20 @@ def train(config: SftConfig, display: Display) -> dict[str, Any]:
     return summary
 
 
-def _pairs(config: SftConfig, problems: Sequence[Problem], display: Display) -> list[Pair]:
-    """
-    Raises:
-        DataError: a pair cannot be spelt or is too long, and `data.on_bad_line` is `fail`; or none is left.
-    """
+def _response_encoder(config: SftConfig) -> ResponseEncoder:
     directory = checkpoint_files(config.model.path)
     codec, eos = Codec.from_dir(directory), eos_ids(directory)[0]
-    pairs, bad = [], []
-    for p in problems:
-        assert p.response is not None
-        try:
-            ids = codec.encode(p.response)
-        except ValueError as e:
-            bad.append(f"{p.key}: {e}")
-            continue
+
+    def encode(prompt: IntArray, response: str) -> IntArray:
+        ids = codec.encode(response)
         if not ids or ids[-1] != eos:
             ids = [*ids, eos]
-        length = len(p.token_ids) + len(ids)
+        length = len(prompt) + len(ids)
         if length > config.max_tokens:
-            bad.append(f"{p.key}: a pair of {length} tokens, longer than max_tokens ({config.max_tokens})")
-            continue
-        pairs.append((p.token_ids, np.asarray(ids, np.int32)))
-    if bad and (config.data.on_bad_line == "fail" or not pairs):
-        raise DataError(f"{bad[0]} (data.on_bad_line=skip leaves such lines out)")
-    if bad:
-        display.warn(f"{len(bad)} bad pairs left out (data.on_bad_line), the first: {bad[0]}")
-    return pairs
+            raise ValueError(f"a pair of {length} tokens, longer than max_tokens ({config.max_tokens})")
+        return np.asarray(ids, np.int32)
+
+    return encode
 
 
 async def _train(config: SftConfig, display: Display, pairs: Sequence[Pair], summary: dict[str, Any]) -> None:

@@ -365,12 +365,75 @@ def test_eval_of_the_trained_model_repeats_the_runs_last_evaluation(stale: Run, 
         app, ["eval", str(stale.model), f"--config={QUICKSTART}", f"--output={output}", *settings]
     )
     assert result.exit_code == 0, result.output
-    figures, after = json.loads(output.read_text()), stale.summary["after"]
+    figures, after = json.loads(output.read_text())["benchmarks"]["heldout"], stale.summary["after"]
     for name in ("problems", "samples", "accuracy", "tokens", "steps", "incomplete"):
         assert figures[name] == after[name]
+    assert figures["answers"] == json.loads((stale.directory / "heldout.json").read_text())["after"]
     for row, digits, factor in (("accuracy, %", 1, 100), ("tokens per answer", 1, 1), ("steps per answer", 2, 1)):
         mean = after[row.split(",")[0].split()[0]]["mean"]
         assert f"{factor * mean:.{digits}f}" in next(x for x in result.output.splitlines() if row in x)
+
+
+def test_eval_of_two_benchmarks_with_early_exit_dumps_every_answer_and_compares_with_a_reference(
+    cluster: str, tmp_path: Path
+) -> None:
+    heldout = (MINIATURE / "data" / "heldout.jsonl").read_text().splitlines()
+    sets = {"easy": heldout[:30:5], "hard": heldout[4:44:5]}
+    for name, lines in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    common = ["eval", str(MINIATURE / "model"), f"--config={QUICKSTART}", *INPUTS[1:], "eval.samples=4"]
+    common += [f"--benchmark={tmp_path / f'{name}.jsonl'}" for name in sets]
+    plain, early, dump = (tmp_path / f"{name}.json" for name in ("plain", "early", "dump"))
+    first = CliRunner().invoke(app, [*common, f"--output={plain}"])
+    assert first.exit_code == 0, first.output
+    options = [f"--output={early}", f"--reference={plain}", f"--dump={dump}", "--early-exit=deer"]
+    # Of the quickstart's preset, which has this tokenizer's words.
+    second = CliRunner().invoke(app, [*common, *options])
+    assert second.exit_code == 0, second.output
+
+    figures = json.loads(early.read_text())
+    assert list(figures["benchmarks"]) == list(sets)
+    easy, hard = figures["benchmarks"].values()
+    assert easy["share"]["mean"] < 1 and figures["mean"]["share"]["mean"] < 1
+    assert easy["probe_tokens"] > 0 and 0.5 < easy["exited"] <= 1
+    assert list(hard["pass_at"]) == ["1", "2", "4"]
+    assert hard["pass_at"]["1"]["mean"] == pytest.approx(hard["accuracy"]["mean"])
+    assert hard["pass_at"]["4"]["mean"] == np.mean([max(c) for c in hard["answers"]["correct"]])
+    for text in ("easy", "hard", "mean", "pass@4", "share of the reference"):
+        assert text in second.output
+
+    lines = read_lines(dump)
+    assert sorted((x["benchmark"], x["question"]) for x in lines) == sorted(
+        (name, json.loads(line)["problem"]) for name, rows in sets.items() for line in rows
+    )
+    answers = [t for x in lines for t in x["trajectories"]]
+    assert len(answers) == 4 * (6 + 8)
+    assert np.mean([t["exit"] == "confident" for t in answers if t["probes"]]) > 0.5
+    for t in answers:
+        if t["exit"] == "confident":
+            assert t["text"][t["cut"] : t["closed"]].strip() == "</think>"
+            assert t["probes"][-1]["verdict"] == "confident" and t["probes"][-1]["at"] == t["cut"]
+    refused = CliRunner().invoke(app, [*common, f"--dump={dump}"])
+    assert refused.exit_code == 2 and f"{dump}: exists" in refused.output
+
+
+def test_what_people_read_of_a_run_is_kept_with_rewards_and_probes(stale: Run) -> None:
+    samples, probes = stale.lines("samples"), stale.lines("probes")
+    assert [s["batch"] for s in samples] == list(range(0, 50, stale.config.train.sample_every))
+    draws = {d["batch"]: d["trained"] for d in stale.lines("draws")}
+    for s in samples:
+        assert s["draw"] in draws[s["batch"]]
+        assert len(s["trajectories"]) == stale.config.rollout.group_size
+        assert abs(sum(t["advantage"] for t in s["trajectories"])) < 1e-2
+        assert all(0 <= t["reward"] < 1.45 for t in s["trajectories"])
+    assert [p["batch"] for p in probes] == list(range(50))
+    for p in probes:
+        assert len(p["confidence"]) == len(p["verdict"]) == len(p["correct"])
+        confident = [c for c, v in zip(p["confidence"], p["verdict"], strict=True) if v == "confident"]
+        assert all(c > 0.95 for c in confident)
+    sure = [r for p in probes for r, v in zip(p["correct"], p["verdict"], strict=True) if v == "confident"]
+    unsure = [r for p in probes for r, v in zip(p["correct"], p["verdict"], strict=True) if v == "declined"]
+    assert np.mean(sure) > 0.9 > np.mean(unsure)
 
 
 # ---- how runs end

@@ -154,8 +154,8 @@ class VllmEngine:
         """The version of each new token of a request, ``seen`` being the number of earlier ones.
 
         vLLM hands its spans over with the last output only; before that they are read where it collects them. A vLLM
-        that reports none leaves ``floor``, never newer than the truth: the version at the look before the last one. What
-        came with the last look may have been waiting for it since then, and these tokens begin where that ended.
+        that reports none leaves ``floor``, never newer than the truth: the version at the look before the last one.
+        What came with the last look may have been waiting for it since then, and these tokens begin where that ended.
         """
         num = len(part.token_ids)
         if not self._reports_versions:

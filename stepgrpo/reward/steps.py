@@ -12,10 +12,24 @@ if TYPE_CHECKING:
     from stepgrpo.config import RolloutConfig
 
 CONNECTIVES = (
-    *("Wait", "Hmm", "Actually", "Alternatively", "However", "But", "Maybe", "Perhaps", "Now", "Next", "Then"),
-    *("Let me", "Let's", "On second thought", "Another way", "To double-check", "To verify", "Just to be sure"),
+    *(
+        "Wait",
+        "Hmm",
+        "Actually",
+        "Alternatively",
+        "However",
+        "But",
+        "Maybe",
+        "Perhaps",
+        "Now",
+        "Next",
+        "Let me",
+        "Let's",
+    ),
+    *("Hold on", "On second thought", "Another way", "Another approach", "To double-check", "To verify"),
 )
-"""Sentence openings that, with a blank line, mark a new step where no single word does."""
+"""Sentence openings that mark a new step where no single word does. Not "So", "Then", "Therefore": these go on with the
+step they stand in."""
 
 
 class StepRule(Protocol):
@@ -84,13 +98,20 @@ class PatternRule:
 
 
 def structure_rule() -> PatternRule:
-    """A step opens with a paragraph, or with a sentence that begins with one of ``CONNECTIVES``.
+    """A step opens with a paragraph, or with a sentence or line that begins with one of ``CONNECTIVES``.
 
-    For models without a word of their own for it. A paragraph's opening is the blank line before it; a full stop that
-    shares a token with it goes with it where thinking is cut there.
+    For models without a word of their own for it. A paragraph opens a step where it begins with a capital letter (or
+    one of a script without case) and the one before is complete: a list's items, a displayed formula, and what goes on
+    after a formula, a colon or a comma belong to the step they stand in. A connective opens a step after those as well,
+    but "Wait." or "Hmm." is no step of its own when another one follows. A full stop that shares a token with the blank
+    line goes with it where thinking is cut there.
     """
-    words = "|".join(re.escape(w) for w in sorted(CONNECTIVES, key=len, reverse=True))
-    return PatternRule(rf"(?<!\n)\n[ \t]{{0,8}}\n(?=\s{{0,32}}\S)|(?<=[.!?][ \n])(?:{words})(?!\w)", reach=48)
+    words = "|".join(map(re.escape, CONNECTIVES))
+    blank = r"[ \t]{0,8}\n[ \t]{0,8}\n"
+    paragraph = rf"(?<=[^\s:,$}}\]]){blank}(?=\s{{0,16}}(?:\*\*|\#{{1,6}} )?(?![a-z])[^\W\d_])"
+    turn = rf"(?<=\S){blank}(?=\s{{0,16}}(?:{words})\W)"
+    sentence = rf"(?<=[.!?] |\S\n)(?<!\bWait[.!?] )(?<!\bHmm[.!?] )(?:{words})(?!\w)"
+    return PatternRule(f"{paragraph}|{turn}|{sentence}", reach=64)
 
 
 def make_step_rule(config: RolloutConfig) -> StepRule:

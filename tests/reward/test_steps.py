@@ -2,9 +2,15 @@ import itertools
 import random
 
 import pytest
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
+from stepgrpo.actors.truncation import Thinking
 from stepgrpo.reward.schemes import step_aware
-from stepgrpo.reward.steps import TriggerRule, count_steps
+from stepgrpo.reward.steps import TriggerRule, count_steps, structure_rule
+from stepgrpo.tokens import Codec
 
 
 @pytest.mark.parametrize(
@@ -107,3 +113,148 @@ def test_doubled_triggers_invert_the_step_reward_and_single_ones_do_not() -> Non
     assert rewards(faulty) == [1.125] * 3 + [0.818] * 2
     assert [count_steps(t) for t in sound] == [9, 9, 9, 1, 1]
     assert rewards(sound) == [0.774] * 3 + [1.306] * 2
+
+
+# ---- steps by structure
+
+
+def opened(text: str) -> list[str]:
+    """The first words of the steps that open in ``text``."""
+    openings = structure_rule().openings(text)
+    return [" ".join(text[start:].split()[:2]) for start, _ in openings]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("", 1),
+        ("One thought. And one more sentence of it.", 1),
+        ("\n\nA blank line before everything opens nothing.", 1),
+        ("One.\n\nTwo.\n \t\nThree.\n\n\n\n  Four.  \n\nFive", 5),
+        ("One.\nStill one.\n", 1),
+        ("One.\n\n", 1),
+        ("It is 4. Wait, is it? Hmm, 5.\nAlternatively, 6.", 4),
+        ("It is 4 Wait and the man said Hmm to Maybe.", 1),
+        ("It is 4. Waiting helps. Buttons. Letting me.", 1),
+        ("It is 4. So it is 4. Then 5. Therefore 6.", 1),
+        ("It is 4.\n\nWait, is it?", 2),
+        ("It is 4. Wait. Hmm. Actually, it is 5.", 2),
+        ("一加一等于二。\n\n等等，再算一次。", 2),
+        ("One.\n\n### Two\n\n**Three** it is", 3),
+    ],
+)
+def test_a_step_by_structure_is_a_paragraph_or_a_sentence_that_turns(text: str, steps: int) -> None:
+    assert count_steps(text, structure_rule()) == steps
+
+
+def test_a_list_and_a_displayed_formula_stay_in_the_step_they_belong_to() -> None:
+    text = (
+        "There are three cases:\n\n1. The first is easy.\n\n2. The second is not.\n\n- And a third.\n\n"
+        "This gives\n\n\\[ x^2 = 4 \\]\n\nSo x is 2 or -2:\n\n$$x = \\pm 2$$\n\nand nothing else.\n\n"
+        "Both are whole,\n\nWait, are they? The sum is\n\n\\begin{align}0\\end{align}\n\nBut that is fine."
+    )
+    assert opened(text) == ["This gives", "Both are", "Wait, are", "But that"]
+
+
+# Written after the style of R1 and Qwen3; "|" stands where a person sees a new step.
+REASONING = [
+    "Okay, so I need to find how much Janet makes. She has 16 eggs, eats 3 and bakes with 4.\n\n"
+    "|First, the eggs left: 16 - 3 - 4 = 9. She sells them for $2 each, so 9 * 2 = 18 dollars.\n\n"
+    "|Wait, does she bake for her friends every day? The problem says every day, so yes.\n\n"
+    "|Let me check the sum again: 3 + 4 = 7, and 16 - 7 = 9. Then 9 * 2 = 18.\n\n"
+    "|Therefore, she makes 18 dollars.\n",
+    "Hmm, the triangle has sides 3, 4 and 5. So it is a right one, and its area is 3 * 4 / 2 = 6. |But the question "
+    "asks for the perimeter. Then it is 3 + 4 + 5 = 12. |Wait. Hmm, the scale is 2, so 24. |Alternatively, scale each "
+    "side: 6 + 8 + 10 = 24. So both ways agree.",
+    "We are asked for the roots.\n\n|The quadratic formula gives\n\n\\[ x = \\frac{5 \\pm 1}{2} \\]\n\nso x = 3 or "
+    "x = 2.\n\n|Let's verify by substitution:\n\n- For x = 3: 9 - 15 + 6 = 0.\n- For x = 2: 4 - 10 + 6 = 0.\n\n"
+    "|Both work. |Maybe there is a third? No, the degree is two.\n\n|**Final check** The sum is 5, as it must be.",
+]
+
+
+@pytest.mark.parametrize("text", REASONING)
+def test_steps_open_where_a_person_sees_them(text: str) -> None:
+    plain = text.replace("|", "")
+    expected = [" ".join(part.split()[:2]) for part in text.split("|")[1:]]
+    assert opened(plain) == expected
+    assert count_steps(plain, structure_rule()) == 1 + text.count("|")
+
+
+def reasoning_texts() -> list[str]:
+    rng = random.Random(1)
+    pieces = [
+        "\n",
+        "\n",
+        "\n\n",
+        " ",
+        "\t",
+        ". ",
+        "?",
+        ":",
+        "$",
+        "}",
+        "**",
+        "## ",
+        "- ",
+        "1",
+        "a",
+        "B",
+        "é",
+        "等",
+        "Wait",
+    ]
+    pieces += ["Wait. ", "Hmm", "But", "Let", " me", "Let's", "ing", "To double-check", "*", "#"]
+    return ["".join(rng.choices(pieces, k=rng.randrange(1, 24))) for _ in range(800)]
+
+
+def test_structure_found_in_a_stream_is_never_taken_back() -> None:
+    rule = structure_rule()
+    for text in reasoning_texts():
+        whole = rule.openings(text)
+        for cut in range(len(text) + 1):
+            found = rule.openings(text[:cut], final=False)
+            assert found == whole[: len(found)], (text, cut)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_structure_scanned_in_pieces_gives_what_one_scan_gives(chunk: int) -> None:
+    rule = structure_rule()
+    num_openings = 0
+    for text in [
+        *reasoning_texts(),
+        *(t.replace("|", "") for t in REASONING),
+        "a.        \n        \n" + " " * 16 + "###### B",
+    ]:
+        found: list[tuple[int, int]] = []
+        start = 0
+        for cut in range(0, len(text), chunk):
+            found += rule.openings(text[:cut], start=start, final=False)
+            start = max(0, cut - rule.reach, found[-1][1] if found else 0)
+        assert found + rule.openings(text, start=start) == rule.openings(text)
+        num_openings += len(rule.openings(text))
+    assert num_openings > 200
+
+
+def characters() -> Codec:
+    """One token per character, and some of several."""
+    spelt = {c: None for text in [*reasoning_texts(), *REASONING] for c in text}
+    vocab = {piece: i for i, piece in enumerate([*spelt, ".\n\n", "\n\n", " Wait", "</think>"])}
+    tokenizer = Tokenizer(WordLevel(vocab))
+    pattern = Regex(r"\.\n\n|\n\n| Wait|</think>|[\s\S]")
+    tokenizer.pre_tokenizer = Split(pattern, "isolated")
+    tokenizer.decoder = Fuse()
+    return Codec(tokenizer)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_the_rollout_probes_where_the_reward_counts(chunk: int) -> None:
+    codec, rule = characters(), structure_rule()
+    for text in [*reasoning_texts(), *(t.replace("|", "") for t in REASONING)]:
+        ids = codec.encode(text)
+        thinking = Thinking(codec, rule, "</think>")
+        found = [t for i in range(0, len(ids), chunk) for t in thinking.feed(ids[i : i + chunk])]
+        found += thinking.finish()
+        assert [t.index for t in found] == list(range(count_steps(text, rule) - 1))
+        starts = [len(codec.decode(ids[: t.position])) for t in found]
+        for start, (begin, _) in zip(starts, rule.openings(text), strict=True):
+            assert start in (begin, begin - 1)  # before it at most the full stop that shares its token
