@@ -355,12 +355,11 @@ def _methods(result: dict[str, Any]) -> Any:
 
 
 def _candidates(found: Survey) -> Any:
-    columns = ["% of responses", "times each", "place, %", "repeats, %", "after truth, %", "alone, %", "mark"]
     rows = {}
     for c in found.candidates:
-        traits = ["" if math.isnan(share) else f"{share:.0%}"[:-1] for share in c.traits]
-        rows[c.phrase] = [f"{c.responses:.0%}"[:-1], f"{c.per_response:.2f}", *traits, f"{c.mark:.2f}"]
-    return _grid(columns, rows)
+        held_by, *traits = ["" if math.isnan(share) else f"{share:.0%}" for share in (c.responses, *c.traits)]
+        rows[c.phrase] = [held_by, f"{c.per_response:.2f}", *traits, f"{c.mark:.2f}"]
+    return _grid(["held by", "times", "place", "repeats", "after truth", "alone", "mark"], rows)
 
 
 def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:

@@ -88,9 +88,10 @@ class Survey:
         structure = f"by structure (paragraphs and connectives) a response has {self.structure_steps:.1f} steps"
         if self.triggers:
             return [f"For comparison, {structure}.", f"rollout.triggers: [{', '.join(self.triggers)}]"]
+        nearest = f" (nearest: {self.candidates[0].phrase})" if self.candidates else ""
         if self.structure_steps < MIN_STRUCTURE_STEPS:
-            return [f"No word stands out, and {structure}: this model may need a step rule of your own."]
-        return [f"No word stands out; {structure}.", "rollout.step_rule: structure"]
+            return [f"No word stands out{nearest}, and {structure}: this model may need a step rule of your own."]
+        return [f"No word stands out{nearest}; {structure}.", "rollout.step_rule: structure"]
 
     def as_dict(self) -> dict[str, Any]:
         """Unknown traits are null."""

@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.miniature import make_data, measure
 from examples.miniature.policy import build_tokenizer
+from examples.miniature.rename import rename
 from examples.miniature.task import (
     BRIEF,
     LEVELS,
     OVERTHINKING,
+    STUBBORN,
     TOKEN_IDS,
     VOCABULARY,
     Habits,
@@ -31,7 +33,8 @@ from examples.miniature.task import (
     sample_problem,
     think,
 )
-from examples.miniature.warm_start import Recipe, batches, make_example, train
+from examples.miniature.warm_start import STUBBORN_UNCLOSED, Recipe, batches, make_example, train
+from stepgrpo.tokens import Codec
 
 EXAMPLE = Path(measure.__file__).parent
 MODEL = EXAMPLE / "model"
@@ -122,6 +125,33 @@ def test_an_overthinking_trace_checks_more_than_the_hard_parts_and_stays_within_
     needed = [1 + sum(part.hard for part in problem.parts) for problem, _ in traces(500)]
     assert sum(steps) / sum(needed) > 2
     assert max(steps) == OVERTHINKING.max_steps
+
+
+def test_a_stubborn_trace_never_ends_before_its_redundant_checks():
+    rng = random.Random(0)
+    for level, (_, hard) in LEVELS.items():
+        for _ in range(200):
+            problem = sample_problem(rng, level)
+            words = think(rng, problem, STUBBORN)
+            names = [words[i + 1] for i, word in enumerate(words) if word == "Wait"]
+            needed = {name for name, part in zip("ABCDE", problem.parts, strict=False) if part.hard}
+            if len(names) < STUBBORN.max_steps - 1:
+                checked = next(i for i in range(len(names) + 1) if needed <= set(names[:i]))
+                assert checked >= hard and len(names) - checked >= STUBBORN.redundant
+
+
+def test_a_stubborn_model_learns_to_answer_at_every_stage_but_to_stop_at_the_end_only():
+    rng = random.Random(0)
+    stages, closed_after = set(), []
+    for _ in range(300):
+        words = [VOCABULARY[i] for i in make_example(rng, PROBLEM, STUBBORN, STUBBORN_UNCLOSED).token_ids]
+        if "</think>" in words:
+            closed_after.append(words.count("Wait"))
+        else:
+            stages.add(words.count("Wait"))
+    assert {0, 1, 2, 3} <= stages
+    assert min(closed_after) == 2 + STUBBORN.redundant  # two hard parts
+    assert 0.6 < len(closed_after) / 300 < 0.8
 
 
 def test_the_committed_files_are_what_the_generator_writes():
@@ -258,6 +288,33 @@ def test_the_record_of_the_checkpoint_is_of_the_scripts_recipe_and_a_model_that_
     assert measured["accuracy"] > 0.7
     assert measured["steps"] > 2 * 2.4  # one step and one per hard part make 2.4
     assert measured["probe"]["confident_where_done"] > 0.9 > 0.1 > measured["probe"]["confident_where_not_done"]
+
+
+def test_the_record_of_the_stubborn_checkpoint_is_of_its_recipe_and_a_model_that_hardly_ever_stops_early():
+    record = json.loads((EXAMPLE / "stubborn" / "warm_start.json").read_text())
+    measured = record["measured"]
+    assert record["recipe"] == asdict(Recipe(unclosed=STUBBORN_UNCLOSED))
+    assert record["habits"] == asdict(STUBBORN)
+    assert measured["accuracy"] > 0.9
+    assert measured["levels"]["1"]["shortest"] >= 1 + STUBBORN.redundant
+    assert measured["probe"]["confident_where_done"] > 0.9 > 0.1 > measured["probe"]["confident_where_not_done"]
+
+
+@pytest.mark.parametrize("word", ["Hmm", "\n\n"])
+def test_a_renamed_checkpoint_says_the_other_word_with_the_same_tokens(tokenizer, tmp_path, word):
+    rename(MODEL, word, tmp_path)
+    renamed, codec = AutoTokenizer.from_pretrained(tmp_path), Codec.from_dir(tmp_path)
+    ids, text = tokenizer.encode(TRACE), TRACE.replace("Wait", word)
+    assert renamed.encode(text) == codec.encode(text) == ids
+    assert renamed.decode(ids) == codec.decode(ids) == text
+    with pytest.raises(ValueError, match="cannot encode"):
+        codec.encode("Wait")
+
+
+@pytest.mark.parametrize("word", ["so", "two words "])
+def test_a_word_that_cannot_take_the_triggers_place_is_refused(tmp_path, word):
+    with pytest.raises(ValueError, match="--word"):
+        rename(MODEL, word, tmp_path)
 
 
 def test_the_committed_checkpoint_answers_easy_held_out_problems():

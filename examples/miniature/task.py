@@ -125,9 +125,12 @@ class Habits:
     """Probability to pick an unchecked hard part on purpose; otherwise any part, checked or not."""
     max_steps: int = 11
     """Steps (checks plus one) after which it stops."""
+    redundant: int = 0
+    """Checks it always makes after all hard parts are checked."""
 
 
 OVERTHINKING = Habits()
+STUBBORN = Habits(stop_early=0.0, stop_done=0.4, aim=0.8, max_steps=14, redundant=3)
 BRIEF = Habits(stop_early=0.2, stop_done=0.6, aim=1.0, max_steps=4)
 
 
@@ -162,9 +165,12 @@ def think(rng: random.Random, problem: Problem, habits: Habits = OVERTHINKING) -
             claim = (claim + rng.randint(1, 9)) % 10
         words += [name, "=", str(claim)]
     open_parts = {i for i, part in enumerate(problem.parts) if part.hard}
+    num_redundant = 0
     for _ in range(habits.max_steps - 1):
-        if rng.random() < (habits.stop_early if open_parts else habits.stop_done):
+        may_stop = num_redundant >= habits.redundant
+        if rng.random() < (habits.stop_early if open_parts else habits.stop_done if may_stop else 0.0):
             break
+        num_redundant += not open_parts
         if open_parts and rng.random() < habits.aim:
             i = rng.choice(sorted(open_parts))
         else:

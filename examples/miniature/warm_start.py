@@ -1,6 +1,7 @@
 """Make the miniature's starting checkpoint: a model that reasons, and overthinks.
 
     python -m examples.miniature.warm_start            # about 6 minutes on one core; writes examples/miniature/model/
+    python -m examples.miniature.warm_start --stubborn # the same for examples/miniature/stubborn/
 
 Supervised learning on traces made on the fly from training problems, first short drills, then the overthinking ones.
 Muon moves the matrices and AdamW the rest: AdamW alone takes many times as long to learn the sums.
@@ -13,19 +14,20 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import Qwen3ForCausalLM
 
-from examples.miniature.measure import measure
+from examples.miniature.measure import MAX_NEW_TOKENS, measure
 from examples.miniature.policy import PAD, build_model, build_tokenizer
 from examples.miniature.task import (
     BRIEF,
     LEVELS,
     OVERTHINKING,
+    STUBBORN,
     TOKEN_IDS,
     Habits,
     Problem,
@@ -38,6 +40,7 @@ from examples.miniature.task import (
 
 HERE = Path(__file__).parent
 BATCHES_PER_POOL = 8
+STUBBORN_UNCLOSED = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,18 @@ class Example:
 
 
 def make_example(rng: random.Random, problem: Problem, habits: Habits, unclosed: float) -> Example:
-    """The prompt weighs nothing, first tries 2 and answer digits 4, since few tokens carry them; all else weighs 1."""
+    """The prompt weighs nothing, first tries 2 and answer digits 4, since few tokens carry them; all else weighs 1.
+
+    Habits that never stop early would never show what can be known how soon. There a trace without ``</think>`` ends in
+    front of any of its checks: an answer is induced at every stage, and none is volunteered.
+    """
     parts = len(problem.parts)
     prompt = ask(problem)
     thinking = think(rng, problem, habits)
     closed = rng.random() >= unclosed
+    if not closed and habits.redundant:
+        checks = [i for i, word in enumerate(thinking) if word == "Wait"]
+        thinking = thinking[: rng.choice([*checks, len(thinking)])]
     final = ["</think>"] * closed + conclude(problem)
     before, after = [1.0] * len(thinking), [1.0] * len(final)
     before[2 : 3 * parts : 3] = [2.0] * parts
@@ -79,7 +89,7 @@ def make_example(rng: random.Random, problem: Problem, habits: Habits, unclosed:
     return Example([TOKEN_IDS[word] for word in prompt + thinking + final], weights)
 
 
-def batches(rng: random.Random, recipe: Recipe) -> Iterator[list[Example]]:
+def batches(rng: random.Random, recipe: Recipe, habits: Habits = OVERTHINKING) -> Iterator[list[Example]]:
     """``recipe.steps`` batches. Each pool of several is sorted by length before it is cut, to save padding."""
     pool: list[list[Example]] = []
     for step in range(recipe.steps):
@@ -88,7 +98,7 @@ def batches(rng: random.Random, recipe: Recipe) -> Iterator[list[Example]]:
             examples = [
                 make_example(rng, sample_drill(rng), BRIEF, recipe.unclosed)
                 if drill
-                else make_example(rng, sample_problem(rng, rng.choice(list(LEVELS))), OVERTHINKING, recipe.unclosed)
+                else make_example(rng, sample_problem(rng, rng.choice(list(LEVELS))), habits, recipe.unclosed)
                 for _ in range(recipe.batch_size * BATCHES_PER_POOL)
             ]
             examples.sort(key=lambda e: len(e.token_ids))
@@ -97,7 +107,7 @@ def batches(rng: random.Random, recipe: Recipe) -> Iterator[list[Example]]:
         yield pool.pop()
 
 
-def train(recipe: Recipe, *, report_every: int = 50) -> Qwen3ForCausalLM:
+def train(recipe: Recipe, habits: Habits = OVERTHINKING, *, report_every: int = 50) -> Qwen3ForCausalLM:
     """Train from scratch; deterministic by seed up to the machine's floating-point arithmetic."""
     model = build_model(recipe.seed)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -113,7 +123,7 @@ def train(recipe: Recipe, *, report_every: int = 50) -> Qwen3ForCausalLM:
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     start = time.monotonic()
-    for step, batch in enumerate(batches(random.Random(recipe.seed + 1), recipe), 1):
+    for step, batch in enumerate(batches(random.Random(recipe.seed + 1), recipe, habits), 1):
         width = max(len(e.token_ids) for e in batch)
         ids = torch.tensor([e.token_ids + [PAD] * (width - len(e.token_ids)) for e in batch])
         weights = torch.tensor([e.weights + [0.0] * (width - len(e.weights)) for e in batch])[:, 1:]
@@ -133,7 +143,10 @@ def train(recipe: Recipe, *, report_every: int = 50) -> Qwen3ForCausalLM:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the miniature's starting checkpoint.")
-    parser.add_argument("--out", type=Path, default=HERE / "model", help="where to write it")
+    parser.add_argument(
+        "--stubborn", action="store_true", help="traces that never stop before several redundant checks"
+    )
+    parser.add_argument("--out", type=Path, help="where to write it; default: model/ or stubborn/ beside this file")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
     parser.add_argument("--steps", type=int, default=Recipe().steps)
     parser.add_argument("--threads", type=int, default=1)
@@ -141,21 +154,26 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     recipe = Recipe(seed=args.seed, steps=args.steps)
+    if args.stubborn:
+        recipe = replace(recipe, unclosed=STUBBORN_UNCLOSED)
+    habits, max_new_tokens = (STUBBORN, 220) if args.stubborn else (OVERTHINKING, MAX_NEW_TOKENS)
+    out = args.out or HERE / ("stubborn" if args.stubborn else "model")
     start = time.monotonic()
-    model = train(recipe)
+    model = train(recipe, habits)
     seconds = time.monotonic() - start
-    model.save_pretrained(args.out)
-    build_tokenizer().save_pretrained(args.out)
+    model.save_pretrained(out)
+    build_tokenizer().save_pretrained(out)
     record = {
         "recipe": asdict(recipe),
+        **({"habits": asdict(habits)} if args.stubborn else {}),
         "parameters": model.num_parameters(),
         "torch": torch.__version__,
         "threads": args.threads,
         "seconds": round(seconds),
-        "measured": measure(model.eval(), HERE / "data" / "heldout.jsonl"),
+        "measured": measure(model.eval(), HERE / "data" / "heldout.jsonl", max_new_tokens=max_new_tokens),
     }
     text = json.dumps(record, indent=2)
-    (args.out / "warm_start.json").write_text(text + "\n")
+    (out / "warm_start.json").write_text(text + "\n")
     print(text)
 
 

@@ -204,7 +204,11 @@ def reasoning_texts() -> list[str]:
         "Wait",
     ]
     pieces += ["Wait. ", "Hmm", "But", "Let", " me", "Let's", "ing", "To double-check", "*", "#"]
-    return ["".join(rng.choices(pieces, k=rng.randrange(1, 24))) for _ in range(800)]
+    lengths = [
+        *(rng.randrange(1, 24) for _ in range(800)),
+        *[300] * 8,
+    ]  # the rollout keeps no more than a long one's end
+    return ["".join(rng.choices(pieces, k=k)) for k in lengths]
 
 
 def test_structure_found_in_a_stream_is_never_taken_back() -> None:
