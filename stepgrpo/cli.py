@@ -367,7 +367,7 @@ def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     for name, cells in rows.items():
