@@ -417,6 +417,15 @@ def test_eval_of_two_benchmarks_with_early_exit_dumps_every_answer_and_compares_
     assert refused.exit_code == 2 and f"{dump}: exists" in refused.output
 
 
+def test_triggers_proposes_the_word_the_model_opens_its_checks_with(cluster: str, tmp_path: Path) -> None:
+    output = tmp_path / "words.json"
+    command = ["triggers", str(MINIATURE / "model"), f"--config={QUICKSTART}", f"--output={output}", *INPUTS[1:]]
+    result = CliRunner().invoke(app, [*command, "eval.num_prompts=20"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(output.read_text())["triggers"] == ["Wait"]
+    assert result.output.splitlines()[-1] == "rollout.triggers: [Wait]"
+
+
 def test_what_people_read_of_a_run_is_kept_with_rewards_and_probes(stale: Run) -> None:
     samples, probes = stale.lines("samples"), stale.lines("probes")
     assert [s["batch"] for s in samples] == list(range(0, 50, stale.config.train.sample_every))
