@@ -341,25 +341,13 @@ def _benchmarks(record: dict[str, Any]) -> Any:
 
 
 def _methods(result: dict[str, Any]) -> Any:
+    """As much as fits a terminal; all intervals are in the written table."""
     rows = {}
     for m in result["methods"]:
         share = _stacked(m["share"], 1, 100) if m["share"] else ""
-        rows[m["label"]] = [
-            _stacked(m["accuracy"], 1, 100),
-            _stacked(m["tokens"], 1),
-            share,
-            _stacked(m["steps"], 2),
-            str(m["seeds"]),
-        ]
+        figures = [f"{m['tokens']['mean']:.1f}", share, f"{m['steps']['mean']:.2f}", str(m["seeds"])]
+        rows[m["label"]] = [_stacked(m["accuracy"], 1, 100), *figures]
     return _grid(["accuracy, %", "tokens", f"% of {result['reference']}", "steps", "seeds"], rows)
-
-
-def _candidates(found: Survey) -> Any:
-    rows = {}
-    for c in found.candidates:
-        held_by, *traits = ["" if math.isnan(share) else f"{share:.0%}" for share in (c.responses, *c.traits)]
-        rows[c.phrase] = [held_by, f"{c.per_response:.2f}", *traits, f"{c.mark:.2f}"]
-    return _grid(["held by", "times", "place", "repeats", "after truth", "alone", "mark"], rows)
 
 
 def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:
@@ -367,9 +355,9 @@ def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table

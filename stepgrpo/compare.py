@@ -63,7 +63,7 @@ class Job:
             "evaluation": evaluation,
             "seconds": round(time.monotonic() - start, 1),
             **details,
-            "answers": answers,
+            "answers": {k: v for k, v in answers.items() if k != "key"},  # the hash holds the problems and their order
         }
         rundir.save_json(self.path, row, indent=None)
 
@@ -172,7 +172,7 @@ def table(config: CompareConfig, rows: Sequence[dict[str, Any]]) -> dict[str, An
     """The figures of all methods that have rows. Intervals resample seeds, and problems within them."""
     by_method: dict[str, dict[int, Answers]] = {}
     for row in rows:
-        by_method.setdefault(row["method"], {})[row["seed"]] = Answers(**row["answers"])
+        by_method.setdefault(row["method"], {})[row["seed"]] = Answers(key=[], **row["answers"])
     reference = by_method.get(config.reference, {})
     methods = []
     for name, method in config.methods.items():

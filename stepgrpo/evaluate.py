@@ -207,7 +207,7 @@ def read_answers(path: Path) -> dict[str, Answers]:
     """
     try:
         return {n: Answers(**b["answers"]) for n, b in json.loads(path.read_text())["benchmarks"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(f"--reference: {path}: takes the --output of `stepgrpo eval` ({brief(e)})") from None
 
 

@@ -37,3 +37,16 @@ def load_own(name: str, field: str) -> Any:
     if not callable(found):
         raise ConfigError(f"{field}: got {name}, which is a {type(found).__name__}; takes a function or a class")
     return found
+
+
+def make_own(name: str, field: str, *args: object) -> Any:
+    """What the function or class that ``name`` stands for makes of ``args``.
+
+    Raises:
+        ConfigError: as ``load_own``, or it failed on them; its own error is quoted.
+    """
+    make = load_own(name, field)
+    try:
+        return make(*args)
+    except Exception as e:
+        raise ConfigError(f"{field}: {name} failed ({type(e).__name__}: {brief(e)})") from e

@@ -23,6 +23,8 @@ from stepgrpo.evaluate import Answers, Evaluation, compression, decode, evaluati
 from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, max_positions, portable
 from stepgrpo.launch import Bundle
 from stepgrpo.metrics import RunLog
+from stepgrpo.plugin import is_own, load_own
+from stepgrpo.reward.schemes import make_scheme
 from stepgrpo.tokens import Codec
 from stepgrpo.train import Loop, Seat
 from stepgrpo.types import Prompt
@@ -140,8 +142,8 @@ def check_rollout(config: Config) -> None:
     """Refuse what the rollout worker would refuse, before an engine is started for it.
 
     Raises:
-        ConfigError: a text that the checkpoint's tokenizer cannot spell, too few tokens to think and answer, or more
-            than the model has positions for.
+        ConfigError: a text that the checkpoint's tokenizer cannot spell, too few tokens to think and answer, more than
+            the model has positions for, or a function of the user's own that is not there.
     """
     directory = checkpoint_files(config.model.path)
     positions = max_positions(directory)
@@ -153,6 +155,9 @@ def check_rollout(config: Config) -> None:
         )
     with _named("model.path"):
         codec = Codec.from_dir(directory)
+    make_scheme(config.reward, config.rollout.max_response_tokens)
+    if is_own(config.reward.grader):
+        load_own(config.reward.grader, "reward.grader")
     r, close = config.rollout, config.model.think_close
     texts = [("model.think_close", close)]
     if r.step_rule == "triggers":
@@ -189,4 +194,10 @@ def note_skipped(display: Display, *sets: Problems) -> None:
 
 def cancel_on_sigterm() -> None:
     """`ray job stop` sends SIGTERM: end as on Ctrl-C, which asyncio makes a cancelled task and a KeyboardInterrupt."""
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+
+    def stop() -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(signal.SIGINT)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)

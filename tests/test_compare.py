@@ -58,7 +58,6 @@ def hashes(path: Path) -> dict[str, str]:
 def answers(correct: list[int], tokens: list[int]) -> dict[str, Any]:
     """One response to each of some problems."""
     return {
-        "key": [f"p{i}" for i in range(len(correct))],
         "correct": [[c] for c in correct],
         "tokens": [[t] for t in tokens],
         "steps": [[1] for _ in tokens],

@@ -104,6 +104,33 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "got", "near", "known"),
+    [
+        (
+            "reward.scheme",
+            "step_awere",
+            "step_aware",
+            "step_aware, outcome, length_penalty, overlong, easy_length_penalty",
+        ),
+        ("reward.grader", "maths", "math", "math, exact"),
+        ("rollout.probe.policy", "confident", "confidence", "confidence"),
+        ("rollout.step_rule", "trigger", "triggers", "triggers, structure"),
+    ],
+)
+def test_a_name_that_is_neither_known_nor_ones_own_suggests_the_nearest(
+    field: str, got: str, near: str, known: str
+) -> None:
+    takes = f"takes one of {known}, or your own as package.module:name"
+    assert refusal(f"{field}={got}") == f"{field}: got '{got}' (did you mean {near}?), {takes}"
+    assert refusal(f"{field}=zzz") == f"{field}: got 'zzz', {takes}"
+
+
+def test_a_name_of_ones_own_is_taken_with_its_options() -> None:
+    c = load(Config, QUICKSTART, ["reward.scheme=mine:fn", "reward.options={price: 0.1, of: [1, 2]}"])
+    assert (c.reward.scheme, c.reward.options) == ("mine:fn", {"price": 0.1, "of": [1, 2]})
+
+
+@pytest.mark.parametrize(
     ("overrides", "field"),
     [
         (["train.prompts_per_update=7"], "train.prompts_per_update"),
@@ -117,6 +144,7 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
         (["rollout.top_p=0.95"], "rollout.top_p"),
         (["train.refill_limit=5"], "train.refill_limit"),
         (["data.eval=null"], "eval.every"),
+        (["eval.early_exit=true", "rollout.probe=null"], "eval.early_exit"),
     ],
 )
 def test_an_impossible_combination_is_one_line_with_field_got_and_takes(overrides: list[str], field: str) -> None:
@@ -157,7 +185,8 @@ def test_a_later_override_wins_and_opens_a_section_that_was_null() -> None:
 
 @pytest.mark.parametrize("override", ["train.num_batches", "=3"])
 def test_an_override_without_key_or_value_is_refused(override: str) -> None:
-    assert refusal(override) == f"override {override!r}: takes key=value, such as train.num_batches=10"
+    message = f"override {override!r}: takes key=value, such as train.num_batches=10, or a YAML file to overlay"
+    assert refusal(override) == message
 
 
 def test_an_override_that_is_not_yaml_is_refused() -> None:
@@ -172,6 +201,31 @@ def test_an_overlay_changes_single_keys_of_its_base(tmp_path: Path) -> None:
     assert (c.name, c.model.path) == ("top", "m")
     assert (c.train.num_batches, c.train.prompts_per_batch, c.train.prompts_per_update) == (6, 256, 64)
     assert c.rollout.probe is None
+
+
+def test_files_and_settings_are_laid_over_the_config_in_the_order_they_are_given(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.yaml", MINIMAL + "train: {num_batches: 5, prompts_per_batch: 256}\n")
+    method = str(write(tmp_path, "method.yaml", "seed: 3\nrollout: {probe: {delta: 0.9}}\nreward: {scheme: outcome}\n"))
+    plain = str(write(tmp_path, "plain.yml", "rollout: {probe: null}\n"))
+    c = load(Config, base, [method, "seed=4", "rollout.group_size=7"])
+    assert (c.seed, c.reward.scheme, c.rollout.group_size, c.train.num_batches) == (4, "outcome", 7, 5)
+    assert c.rollout.probe is not None and c.rollout.probe.delta == 0.9
+    assert load(Config, base, ["seed=4", method]).seed == 3
+    assert load(Config, base, [method, plain]).rollout.probe is None
+    again = load(Config, base, [plain, method]).rollout.probe
+    assert again is not None and again.delta == 0.9
+
+
+def test_a_file_laid_over_may_have_a_base_of_its_own(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.yaml", MINIMAL)
+    write(tmp_path, "methods/low.yaml", "seed: 3\nrollout: {group_size: 7}\n")
+    top = write(tmp_path, "methods/top.yaml", "base: low.yaml\nseed: 5\n")
+    c = load(Config, base, [str(top)])
+    assert (c.name, c.seed, c.rollout.group_size) == ("x", 5, 7)
+
+
+def test_a_file_to_lay_over_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert refusal(f"{tmp_path}/none.yaml").startswith(f"{tmp_path}/none.yaml: cannot be read (No such file")
 
 
 def test_bases_that_go_in_a_circle_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from stepgrpo.metrics import METRICS, RunLog, of_groups
+from stepgrpo.metrics import METRICS, ExitCounts, RunLog, TriggerWatch, exit_counts, of_groups, probes_of
 from stepgrpo.types import Exit, GradedGroup, Verdict
 from tests.facts import facts
 
@@ -101,3 +101,58 @@ def test_weights_and_biases_offline_writes_a_run_without_a_network(tmp_path, mon
         log.evaluation({"accuracy": 0.7}, 1)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert "wandb" not in capfd.readouterr().out
+
+
+def test_probes_read_to_their_end_are_kept_with_what_their_answer_was_worth():
+    read = facts(
+        probe_confidences=(0.123456, NAN, 0.99, NAN),
+        probe_verdicts=(Verdict.DECLINED, Verdict.STALE, Verdict.CONFIDENT, Verdict.UNUSED),
+        probe_correct=(False, None, True, None),
+    )
+    unasked = facts(probe_confidences=(NAN,), probe_verdicts=(Verdict.CONFIDENT,), probe_correct=(None,))
+    groups = [GradedGroup(0, "p:1", (read, unasked)), GradedGroup(1, "p:2", (facts(),))]
+    assert probes_of(groups) == {
+        "confidence": [0.1235, 0.99],
+        "verdict": ["declined", "confident"],
+        "correct": [0, 1],
+    }
+
+
+def test_exit_counts_tell_control_samples_from_those_that_may_be_cut():
+    assert exit_counts(batch()) == ExitCounts(control=1, control_right=1, treated=3, treated_right=2)
+    assert exit_counts([GradedGroup(0, "p:1", (facts(),))]) == ExitCounts(0, 0, 1, 1)
+
+
+def told(watch, *seen):
+    """At which of these observations the watch says something."""
+    return [i for i, (steps, tokens) in enumerate(seen) if watch.see(steps, tokens)]
+
+
+def test_the_watch_tells_once_of_steps_that_fall_while_tokens_stay():
+    watch = TriggerWatch(window=2)
+    assert told(watch, (6, 100), (6, 100), (5, 99), (5, 99), (2, 99), (2, 99)) == [3]
+    message = TriggerWatch(window=1)
+    assert message.see(6, 100) is None
+    assert message.see(3, 95).startswith("steps fell by 50%, tokens by 5%: ")
+
+
+@pytest.mark.parametrize(
+    ("last", "tells"),
+    [
+        ((8.6, 100), False),  # steps fell by less than 15 %
+        ((8.4, 100), True),
+        ((8.4, 106), True),
+        ((5, 82), False),  # tokens fell along, by more than a third of what steps did
+        ((5, 84), True),
+        ((12, 140), False),
+    ],
+)
+def test_the_watch_is_silent_where_tokens_fall_along_or_steps_stay(last, tells):
+    assert told(TriggerWatch(window=1), (10, 100), last) == [1] * tells
+
+
+def test_the_watch_waits_for_two_windows_and_compares_the_first_with_the_last():
+    falling = [(10, 100)] * 3 + [(1, 100)] * 3
+    assert told(TriggerWatch(window=3), *falling) == [5]
+    assert told(TriggerWatch(window=4), *falling) == []
+    assert told(TriggerWatch(window=2), (10, 100), (10, 100), *[(9, 100)] * 9, (7, 100), (7, 100)) == [11]

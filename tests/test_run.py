@@ -463,12 +463,16 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
 
 
 @contextmanager
-def in_training(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, Path]]:
+def in_training(
+    directory: Path, before_start: Callable[[], object] | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], Path, Path]]:
     """The command, in the middle of an endless training: (process, run directory, what it printed)."""
     screen = directory / "screen.txt"
     command = [STEPGRPO, "train", QUICKSTART, "name=x", f"runs_dir={directory}", *ENDLESS]
     with screen.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=before_start
+        )
     metrics = directory / "x" / "metrics.jsonl"
 
     def trains() -> bool:
@@ -509,8 +513,8 @@ def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyP
 
 
 def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Path) -> None:
-    """As `ray job stop` does it."""
-    with in_training(tmp_path) as (process, run_dir, screen):
+    """As `ray job stop` does it; also where Ctrl-C is switched off, as in the background of a script."""
+    with in_training(tmp_path, lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as (process, run_dir, screen):
         actors = titled(descendants(), *ACTORS)
         weights = shared_memory(actors)
         assert len(actors) == 3 and weights

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Literal, NamedTuple, Protocol, Self, TypeVar
 
 from stepgrpo.config import ProbeConfig
-from stepgrpo.plugin import is_own, load_own
+from stepgrpo.plugin import is_own, make_own
 from stepgrpo.reward.steps import StepRule
 from stepgrpo.tokens import Codec, TextStream
 from stepgrpo.types import Exit
@@ -184,10 +184,10 @@ def make_policy(config: ProbeConfig, preset: Preset, codec: Codec) -> ProbePolic
     """The policy that ``rollout.probe.policy`` names.
 
     Raises:
-        ConfigError: the user's own cannot be imported.
+        ConfigError: the user's own cannot be imported or made.
     """
     if is_own(config.policy):
-        policy: ProbePolicy = load_own(config.policy, "rollout.probe.policy")(config, preset, codec)
+        policy: ProbePolicy = make_own(config.policy, "rollout.probe.policy", config, preset, codec)
         return policy
     return ConfidencePolicy(preset, codec)
 

@@ -72,7 +72,8 @@ def _page(runs: list[dict[str, Any]], tables: list[dict[str, Any]]) -> str:
     from plotly.offline import get_plotlyjs
 
     files = resources.files(__package__)
-    title = ", ".join(x["name"] for x in [*runs, *tables])
+    names = [x["name"] for x in [*runs, *tables]]
+    title = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
     # Inside a script element only "<" can end it or open a comment.
     data = json.dumps({"runs": runs, "tables": tables, "metrics": METRICS}, ensure_ascii=False).replace("<", "\\u003c")
     parts = {
@@ -141,7 +142,7 @@ def _short(value: float | None) -> float | None:
 def _warnings(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
     """Whether steps fell without tokens at the end of training, in its rollouts and on held-out problems."""
     seen = [(r["rollout/steps"], r["rollout/tokens"]) for r in rows if r.get("rollout/steps") is not None]
-    window = max(1, min(10, len(seen) // 4))
+    window = max(1, min(20, len(seen) // 4))
     observations = {"Rollouts": (window, seen[:window] + seen[-window:])}
     if "before" in summary and "after" in summary:
         ends = (summary["before"], summary["after"])
@@ -174,7 +175,7 @@ def _calibration(probes: list[dict[str, Any]], config: dict[str, Any]) -> dict[s
     """How often tentative answers were right, by confidence; the threshold is one of the edges."""
     confidence = np.array([c for batch in probes for c in batch["confidence"]], float)
     right = np.array([r for batch in probes for r in batch["correct"]], float)
-    delta = config.get("rollout", {}).get("probe", {}).get("delta")
+    delta = (config.get("rollout", {}).get("probe") or {}).get("delta")
     edges = sorted({*CONFIDENCE_EDGES, *([delta] if delta is not None else [])})
     place = np.digitize(confidence, edges[1:-1])
     bins = [

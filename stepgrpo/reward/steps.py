@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from stepgrpo.plugin import is_own, load_own
+from stepgrpo.plugin import is_own, make_own
 
 if TYPE_CHECKING:
     from stepgrpo.config import RolloutConfig
@@ -118,10 +118,10 @@ def make_step_rule(config: RolloutConfig) -> StepRule:
     """The rule that ``rollout.step_rule`` names.
 
     Raises:
-        ConfigError: the user's own cannot be imported.
+        ConfigError: the user's own cannot be imported or made.
     """
     if is_own(config.step_rule):
-        rule: StepRule = load_own(config.step_rule, "rollout.step_rule")(config)
+        rule: StepRule = make_own(config.step_rule, "rollout.step_rule", config)
         return rule
     return structure_rule() if config.step_rule == "structure" else TriggerRule(config.triggers)
 

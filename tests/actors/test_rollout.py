@@ -33,8 +33,8 @@ def settings(*, probe=True, **fields):
     return RolloutConfig(**{"max_response_tokens": 40, "think_ratio": None, "probe": config} | fields)
 
 
-def rollout(engine, *, policy=None, run_seed=0, **fields):
-    return Rollout(engine, WORDS, settings(**fields), CLOSE, [EOS], run_seed, policy)
+def rollout(engine, *, run_seed=0, **fields):
+    return Rollout(engine, WORDS, settings(**fields), CLOSE, [EOS], run_seed)
 
 
 def asked_at(request, inducer=INDUCER):
@@ -417,42 +417,11 @@ def test_forced_text_that_the_tokenizer_cannot_spell_is_refused_at_the_start(fie
 # ---- other policies through the same loop
 
 
-class FixedBudget:
-    """Exits at the n-th trigger without asking."""
-
-    def __init__(self, num):
-        self.num = num
-
-    def question(self, trigger):
-        return None
-
-    def hopeless(self, logprobs):
-        return False
-
-    def confident(self, answers):
-        return len(answers) == self.num
-
-
-class Consistency:
-    """Exits where the same tentative answer came ``num`` times in a row."""
-
-    def __init__(self, num):
-        self.num = num
-
-    def question(self, trigger):
-        return tuple(WORDS.encode(INDUCER))
-
-    def hopeless(self, logprobs):
-        return False
-
-    def confident(self, answers):
-        return len(answers) >= self.num and len({a.token_ids for a in answers[-self.num :]}) == 1
-
-
 async def test_a_fixed_budget_policy_exits_without_asking():
     for chunk_size in CHUNK_SIZES:
         engine = ScriptedEngine(script("4 Wait 5 Wait 6 Wait 7 </think> <eos>"), chunk_size=chunk_size)
-        t = await rollout(engine, policy=FixedBudget(2), max_probes=1).trajectory(PROMPT, 0)
+        sampler = rollout(engine, policy="examples.own:FixedBudget", options={"steps": 2}, max_probes=1)
+        t = await sampler.trajectory(PROMPT, 0)
         assert response(t) == "4 Wait 5 </think> \n Final \n \\boxed { 7 } <eos>"
         assert engine.probes == []
         assert probe_facts(t) == [(0, 1, Verdict.DECLINED), (1, 3, Verdict.CONFIDENT)]
@@ -462,13 +431,8 @@ async def test_a_consistency_policy_sees_the_answers_in_token_order():
     answers = {p: (f"{{ {d} }}", UNSURE) for p, d in ((1, 4), (3, 5), (5, 5), (7, 4), (9, 4), (11, 4))}
     for seed in range(20):
         engine = ScriptedEngine(script("4 " + "Wait 5 " * 6 + "</think> <eos>", answers), pace=at_random(seed))
-        t = await rollout(engine, policy=Consistency(3)).trajectory(PROMPT, 0)
+        t = await rollout(engine, policy="examples.own:Consistency", options={"times": 3}).trajectory(PROMPT, 0)
         assert (t.exit, t.closing) == (Exit.CONFIDENT, (t.prompt_len + 11, t.prompt_len + 12))
-
-
-def test_a_policy_without_probing_is_refused():
-    with pytest.raises(ValueError, match=r"rollout\.probe: got null"):
-        rollout(ScriptedEngine(script("")), probe=False, policy=FixedBudget(2))
 
 
 # ---- plain decoding
@@ -485,6 +449,31 @@ async def test_plain_decoding_is_one_request_with_the_evaluations_sampling():
     for request in engine.requests:
         s = request.sampling
         assert (s.temperature, s.top_p, s.max_tokens) == (0.6, 0.95, 100)
+
+
+EARLY_EXIT = EvalConfig(temperature=0.6, top_p=0.95, max_response_tokens=100, early_exit=True)
+
+
+async def test_plain_decoding_with_early_exit_ends_thinking_at_a_confident_probe_and_has_no_control_samples():
+    engine = ScriptedEngine(script(NATURAL, {3: ("{ 5 }", SURE)}))
+    group = await rollout(engine, control_fraction=1.0, temperature=0.9).group(PROMPT, 3, plain=EARLY_EXIT)
+    assert {response(t) for t in group.trajectories} == {"4 Wait 5 </think> \n Final \n \\boxed { 7 } <eos>"}
+    for t in group.trajectories:
+        assert (t.exit, t.control) == (Exit.CONFIDENT, False)
+        assert probe_facts(t)[:2] == [(0, 1, Verdict.DECLINED), (1, 3, Verdict.CONFIDENT)]
+    thinking_and_answers = [(r.sampling.temperature, r.sampling.top_p) for r in engine.others]
+    assert thinking_and_answers == [(0.6, 0.95)] * 6
+    assert sorted(r.sampling.max_tokens for r in engine.others) == [96] * 3 + [100] * 3
+
+
+async def test_plain_decoding_with_early_exit_forces_nothing_else():
+    thinking = "4 " + "Wait 5 5 5 " * 20 + "</think> <eos>"
+    sampler = rollout(ScriptedEngine(script(thinking)), think_ratio=0.1, repetition_limit=2, max_probes=5)
+    plain = await sampler.trajectory(PROMPT, 0, plain=EARLY_EXIT)
+    assert (plain.exit, plain.closing, response(plain)) == (Exit.NATURAL, None, thinking)
+    assert [p.verdict for p in plain.probes] == [Verdict.DECLINED] * 5
+    training = await sampler.trajectory(PROMPT, 0)
+    assert training.exit is Exit.BUDGET, "what is off here would have forced it"
 
 
 # ---- the released code's faults (method.md, section 6)

@@ -16,7 +16,7 @@ import pytest
 import ray
 from transformers import AutoModelForCausalLM
 
-from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig
+from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig, RolloutConfig
 from stepgrpo.learner.batch import Plan, collate, make_plan, sample_of
 from stepgrpo.learner.loss import policy_loss
 from stepgrpo.learner.worker import LearnerWorker
@@ -72,8 +72,8 @@ def arguments(model_dir: str, config: LearnerConfig) -> dict[str, Any]:
         "model": ModelConfig(path=model_dir, dtype="float32"),
         "device": "cpu",
         "total_updates": 10,
+        "rollout": RolloutConfig(triggers=["Wait"]),
         "reward": RewardConfig(grader="exact"),
-        "triggers": ["Wait"],
     }
 
 
