@@ -340,6 +340,15 @@ def _benchmarks(record: dict[str, Any]) -> Any:
     return _grid(columns, rows)
 
 
+def _candidates(found: Survey) -> Any:
+    rows = {}
+    for c in found.candidates:
+        held_by, *traits = ["" if math.isnan(share) else f"{100 * share:.0f}" for share in (c.responses, *c.traits)]
+        rows[c.phrase] = [held_by, f"{c.per_response:.2f}", *traits, f"{c.mark:.2f}"]
+    columns = ["% of\nresponses", "times\neach", "place, %", "repeats,\n%", "after\ntruth, %", "alone, %", "mark"]
+    return _grid(columns, rows)
+
+
 def _methods(result: dict[str, Any]) -> Any:
     """As much as fits a terminal; all intervals are in the written table."""
     rows = {}

@@ -265,14 +265,15 @@ def _two_level(values: NDArray[np.float64], over: NDArray[np.float64] | None = N
     """Mean, or ratio of means, of [seeds, problems] and its interval: seeds are resampled, and problems."""
     rng = np.random.default_rng(0)
     num_seeds, num_problems = values.shape
-    draws = []
-    for _ in range(NUM_RESAMPLES):
-        chosen = np.ix_(rng.integers(0, num_seeds, num_seeds), rng.integers(0, num_problems, num_problems))
-        mean = values[chosen].mean()
-        draws.append(mean if over is None else mean / over[chosen].mean())
-    low, high = np.percentile(draws, [2.5, 97.5])
-    mean = values.mean() if over is None else values.mean() / over.mean()
-    return Estimate(float(mean), float(low), float(high))
+
+    def figure(chosen: Any) -> float:
+        return float(values[chosen].mean() / (1 if over is None else over[chosen].mean()))
+
+    draws = [
+        figure(np.ix_(rng.integers(0, num_seeds, num_seeds), rng.integers(0, num_problems, num_problems)))
+        for _ in range(NUM_RESAMPLES)
+    ]
+    return Estimate.of(figure(...), np.array(draws))
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -70,8 +70,11 @@ class Estimate:
     low: float
     high: float
 
-    def scaled(self, factor: float) -> Estimate:
-        return Estimate(self.mean * factor, self.low * factor, self.high * factor)
+    @classmethod
+    def of(cls, mean: float, draws: NDArray[np.float64]) -> Estimate:
+        """``draws``: resamples of the mean."""
+        low, high = np.percentile(draws, [2.5, 97.5])
+        return cls(float(mean), float(low), float(high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +174,7 @@ def compression(before: Answers, after: Answers) -> Estimate:
         raise ValueError("compression compares evaluations of the same problems; these differ")
     a, b = after.means("tokens"), before.means("tokens")
     resample = _resamples(len(a))
-    ratios = a[resample].mean(1) / b[resample].mean(1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Estimate(float(a.mean() / b.mean()), float(low), float(high))
+    return Estimate.of(a.mean() / b.mean(), a[resample].mean(1) / b[resample].mean(1))
 
 
 def record(results: dict[str, tuple[Evaluation, Answers]], before: dict[str, Answers]) -> dict[str, Any]:
@@ -211,23 +212,24 @@ def read_answers(path: Path) -> dict[str, Answers]:
         raise ConfigError(f"--reference: {path}: takes the --output of `stepgrpo eval` ({brief(e)})") from None
 
 
-def macro_ratio(before: Sequence[Answers], after: Sequence[Answers]) -> Estimate:
-    """Mean tokens over benchmarks after over before, paired by problem."""
-
-    def resampled(answers: Sequence[Answers]) -> NDArray[np.float64]:
-        means = [a.means("tokens") for a in answers]
-        return np.mean([m[_resamples(len(m), seed=i)].mean(1) for i, m in enumerate(means)], axis=0)
-
-    low, high = np.percentile(resampled(after) / resampled(before), [2.5, 97.5])
-    return Estimate(macro(after, "tokens").mean / macro(before, "tokens").mean, float(low), float(high))
-
-
 def macro(answers: Sequence[Answers], what: Literal["correct", "tokens", "steps"]) -> Estimate:
     """Mean over benchmarks of their means, each weighing the same; the interval resamples problems within each."""
+    return Estimate.of(*_macro(answers, what))
+
+
+def macro_ratio(before: Sequence[Answers], after: Sequence[Answers]) -> Estimate:
+    """Mean tokens over benchmarks after over before, paired by problem."""
+    (a, resampled_a), (b, resampled_b) = _macro(after, "tokens"), _macro(before, "tokens")
+    return Estimate.of(a / b, resampled_a / resampled_b)
+
+
+def _macro(
+    answers: Sequence[Answers], what: Literal["correct", "tokens", "steps"]
+) -> tuple[float, NDArray[np.float64]]:
+    """Mean over benchmarks, and [NUM_RESAMPLES] of its resamples."""
     means = [a.means(what) for a in answers]
-    resampled = np.mean([m[_resamples(len(m), seed=i)].mean(1) for i, m in enumerate(means)], axis=0)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(float(np.mean([m.mean() for m in means])), float(low), float(high))
+    resampled = [m[_resamples(len(m), seed=i)].mean(1) for i, m in enumerate(means)]
+    return float(np.mean([m.mean() for m in means])), np.mean(resampled, axis=0)
 
 
 def exit_cost(counts: Sequence[ExitCounts]) -> Estimate | None:
@@ -239,9 +241,8 @@ def exit_cost(counts: Sequence[ExitCounts]) -> Estimate | None:
     control, control_right, treated, treated_right = a[_resamples(len(a))].sum(1).T if len(a) else np.zeros((4, 1))
     if not (control.all() and treated.all()):
         return None
-    low, high = np.percentile(control_right / control - treated_right / treated, [2.5, 97.5])
     total = a.sum(0)
-    return Estimate(float(total[1] / total[0] - total[3] / total[2]), float(low), float(high))
+    return Estimate.of(total[1] / total[0] - total[3] / total[2], control_right / control - treated_right / treated)
 
 
 def _pass_at(k: int, correct: Sequence[bool]) -> float:
@@ -260,5 +261,4 @@ def _resamples(n: int, seed: int = 0) -> NDArray[np.int64]:
 
 
 def _interval(values: NDArray[np.float64], resample: NDArray[np.int64]) -> Estimate:
-    low, high = np.percentile(values[resample].mean(1), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
+    return Estimate.of(values.mean(), values[resample].mean(1))

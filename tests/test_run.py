@@ -36,6 +36,7 @@ from stepgrpo.cli import app
 from stepgrpo.config import Config, load, validate
 from stepgrpo.console import Display
 from stepgrpo.metrics import METRICS
+from tests.browser import opened
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -443,6 +444,18 @@ def test_what_people_read_of_a_run_is_kept_with_rewards_and_probes(stale: Run) -
     sure = [r for p in probes for r, v in zip(p["correct"], p["verdict"], strict=True) if v == "confident"]
     unsure = [r for p in probes for r, v in zip(p["correct"], p["verdict"], strict=True) if v == "declined"]
     assert np.mean(sure) > 0.9 > np.mean(unsure)
+
+
+def test_the_report_of_a_run_opens_offline_and_shows_what_the_run_kept(stale: Run, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    result = CliRunner().invoke(app, ["report", str(stale.directory), f"--output={page}"])
+    assert result.exit_code == 0, result.output
+    with opened(page) as browser:
+        browser.wait_for_selector(".js-plotly-plot")
+        text = browser.inner_text("body")
+    assert stale.directory.name in text
+    assert f"{stale.summary['after']['accuracy']['mean']:.1%}"[:-1] in text
+    assert stale.lines("samples")[0]["key"] in text
 
 
 # ---- how runs end
