@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -30,13 +31,14 @@ def step_price(groups: Sequence[GradedGroup], config: RewardConfig) -> list[Rewa
 
 
 def within_one_percent(response: str, truth: str) -> bool:
-    """`reward.grader`: right is a number that is off by 1 % at most. A truth that is no number raises, and so counts as
-    a failure of the grader, not of the response."""
-    expected = float(truth)
+    """`reward.grader`: right are numbers, with blanks between them, that are off by 1 % at most. A truth that is no
+    number raises, and so counts as a failure of the grader, not of the response."""
+    expected = [float(number) for number in truth.split()]
     try:
-        return math.isclose(float(extract_answer(response) or ""), expected, rel_tol=0.01)
+        found = [float(number) for number in (extract_answer(response) or "none").split()]
     except ValueError:
         return False
+    return len(found) == len(expected) and all(map(partial(math.isclose, rel_tol=0.01), found, expected))
 
 
 class FixedBudget:

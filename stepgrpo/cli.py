@@ -343,10 +343,9 @@ def _benchmarks(record: dict[str, Any]) -> Any:
 def _candidates(found: Survey) -> Any:
     rows = {}
     for c in found.candidates:
-        held_by, *traits = ["" if math.isnan(share) else f"{100 * share:.0f}" for share in (c.responses, *c.traits)]
+        held_by, *traits = ["" if math.isnan(share) else f"{share:.0%}" for share in (c.responses, *c.traits)]
         rows[c.phrase] = [held_by, f"{c.per_response:.2f}", *traits, f"{c.mark:.2f}"]
-    columns = ["% of\nresponses", "times\neach", "place, %", "repeats,\n%", "after\ntruth, %", "alone, %", "mark"]
-    return _grid(columns, rows)
+    return _grid(["held by", "times", "place", "repeats", "after truth", "alone", "mark"], rows)
 
 
 def _methods(result: dict[str, Any]) -> Any:

@@ -187,7 +187,7 @@ def test_a_file_that_holds_no_answers_is_refused_by_name(tmp_path, text):
 def test_the_cost_of_exits_is_the_accuracy_of_controls_less_that_of_the_rest():
     same = exit_cost([ExitCounts(10, 9, 40, 30)] * 5)
     assert (same.mean, same.low, same.high) == pytest.approx((0.15, 0.15, 0.15))
-    mixed = exit_cost([ExitCounts(10, 9, 40, 30), ExitCounts(30, 15, 40, 10)])
+    mixed = exit_cost([ExitCounts(10, 9, 40, 30), ExitCounts(30, 15, 40, 10)] * 5)
     assert mixed.mean == pytest.approx(24 / 40 - 40 / 80), "counts are summed over batches, not accuracies averaged"
     assert mixed.low < mixed.mean < mixed.high
 

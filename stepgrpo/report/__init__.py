@@ -156,8 +156,10 @@ def _warnings(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
 
 def _histograms(heldout: dict[str, Any] | None) -> dict[str, Any]:
     """For steps and for tokens: left edges of bars of one width, and each evaluation's share of answers per bar."""
+    if heldout is None:
+        return {}
     result = {}
-    for quantity in ("steps", "tokens") if heldout else ():
+    for quantity in ("steps", "tokens"):
         values = {when: np.concatenate(answers[quantity]) for when, answers in heldout.items() if answers}
         pooled = np.concatenate(list(values.values()))
         width = math.ceil((pooled.max() - pooled.min() + 1) / NUM_BARS)

@@ -86,7 +86,7 @@ async def test_a_trajectory_that_ended_by_itself_has_no_cut_and_a_budget_has_one
     for t in line["trajectories"]:
         assert (t["cut"], t["closed"], t["probes"], t["steps"]) == (None, None, [], [])
         assert (t["exit"], t["correct"], t["answer"]) == ("natural", True, "5")
-    engine = words("4 5 6 7 8 9 4 5 6 7 8 9", {})
+    engine = words("4 5 6 7 8 9 " * 4, {})
     line, _ = await described(engine, WORDS, PROMPT, PROBE, max_response_tokens=20, think_ratio=0.2)
     (t,) = line["trajectories"]
     assert (t["exit"], t["text"][: t["cut"]], t["text"][t["cut"] : t["closed"]]) == ("budget", "4 5 6 7", " </think>")
