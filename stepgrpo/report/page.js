@@ -277,7 +277,8 @@ function scatter(points, starts, width, height) {
   })), starts.map((s, i) => [px(s.tokens.mean), py(s.accuracy.mean), px(points[i].tokens.mean), py(points[i].accuracy.mean)]), ...inner);
   return {
     data: points.map((p, i) => ({
-      x: [p.tokens.mean], y: [p.accuracy.mean], mode: 'markers', name: plain(p.label), marker: {size: 10, color: colour(p.colour ?? i)},
+      x: [p.tokens.mean], y: [p.accuracy.mean], mode: 'markers', name: plain(p.label), marker: {size: 10, color: colour(p.colour ?? i),
+        symbol: ['circle', 'square', 'diamond', 'cross'][Math.floor((p.colour ?? i) / 8) % 4]},
       error_x: {...bars([p], 'tokens'), color: faint(colour(p.colour ?? i), .6)},
       error_y: {...bars([p], 'accuracy'), color: faint(colour(p.colour ?? i), .6)},
       hovertemplate: `${plain(p.label)}<br>accuracy %{y:.1%} ${interval(p.accuracy, 1, 100)}<br>tokens %{x:.1f} ${interval(p.tokens, 1)}<extra></extra>`,
@@ -287,7 +288,7 @@ function scatter(points, starts, width, height) {
       annotations: points.map((p, i) => ({
         x: p.tokens.mean, y: p.accuracy.mean, ax: places[i].dx, ay: places[i].dy, xanchor: 'center', yanchor: 'middle',
         text: lines[i].map(plain).join('<br>'), font: {size: 12.5, color: css('--ink')}, showarrow: true, arrowhead: 0, standoff: 6,
-        arrowcolor: places[i].far ? css('--soft') : 'rgba(0,0,0,0)', arrowwidth: 1, borderpad: 1,
+        arrowcolor: places[i].far ? colour(p.colour ?? i) : 'rgba(0,0,0,0)', arrowwidth: 1, borderpad: 1,
       })),
     },
   };
