@@ -38,8 +38,8 @@ from figures import machine, spread, table
 
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
 from stepgrpo.actors.rollout import LATER, Chunk, Engine, Rollout, Sampling
-from stepgrpo.actors.truncation import Answer, ConfidencePolicy, Preset, ProbePolicy, Trigger, seed_for
-from stepgrpo.config import Config, RolloutConfig, load
+from stepgrpo.actors.truncation import Answer, ConfidencePolicy, Preset, Trigger, seed_for
+from stepgrpo.config import Config, ProbeConfig, RolloutConfig, load
 from stepgrpo.data import PromptStream, load_problems
 from stepgrpo.hub import eos_ids
 from stepgrpo.tokens import Codec
@@ -77,6 +77,9 @@ Loop = Callable[[Sequence[Prompt]], Awaitable[list[Work]]]
 
 class NeverConfident(ConfidencePolicy):
     """Asks as the real gate does, and gives up on an answer where that would, but never opens."""
+
+    def __init__(self, config: ProbeConfig, preset: Preset, codec: Codec) -> None:
+        super().__init__(preset, codec)
 
     def confident(self, answers: Sequence[Answer]) -> bool:
         return False
@@ -192,20 +195,22 @@ def make_loops(engine: VllmEngine, config: Config) -> dict[str, Loop]:
     codec, eos = Codec.from_dir(path), eos_ids(path)
     whole = Whole(engine)
 
-    def rollout(on: Engine, settings: RolloutConfig, policy: ProbePolicy | None = None) -> Rollout:
-        return Rollout(on, codec, settings, config.model.think_close, eos, config.seed, policy)
+    def rollout(on: Engine, settings: RolloutConfig) -> Rollout:
+        return Rollout(on, codec, settings, config.model.think_close, eos, config.seed)
 
     probed = config.rollout
     assert probed.probe is not None
-    never = NeverConfident(Preset.resolve(probed.probe, config.model.think_close), codec)
+    never = probed.model_copy(
+        update={"probe": probed.probe.model_copy(update={"policy": f"{Path(__file__).stem}:NeverConfident"})}
+    )
     size = probed.group_size
     return {
         "rounds": partial(rounds, rollout(whole, probed), size),
         "pausing": partial(pausing, rollout(whole, probed), size),
         "ours": partial(streaming, rollout(engine, probed), size),
         "plain": partial(streaming, rollout(whole, probed.model_copy(update={"probe": None})), size),
-        "rounds, no exit": partial(rounds, rollout(whole, probed, never), size),
-        "ours, no exit": partial(streaming, rollout(engine, probed, never), size),
+        "rounds, no exit": partial(rounds, rollout(whole, never), size),
+        "ours, no exit": partial(streaming, rollout(engine, never), size),
     }
 
 

@@ -188,7 +188,7 @@ class RewardConfig(Section):
     accuracy, less a ramp towards the token limit. `easy_length_penalty`: the length penalty in the batch's most
     accurate groups, accuracy in the others. `package.module:name`: your own."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of your own scheme or grader, which are given this section."""
+    """Settings of your own scheme, which is given this section."""
     alpha: Fraction = 0.9
     """Weight of accuracy; 1 - alpha is the weight of the format."""
     beta: NonNegativeFloat = 0.5

@@ -233,16 +233,19 @@ def _macro(
 
 
 def exit_cost(counts: Sequence[ExitCounts]) -> Estimate | None:
-    """Accuracy of control samples less that of samples that may be cut; the interval resamples batches.
-
-    None where there were no control samples to compare with.
+    """Accuracy of control samples less that of samples that may be cut, over the batches that have both; the interval
+    resamples batches. None where there is no such batch.
     """
-    a = np.array(counts, float).reshape(-1, 4)
-    control, control_right, treated, treated_right = a[_resamples(len(a))].sum(1).T if len(a) else np.zeros((4, 1))
-    if not (control.all() and treated.all()):
+    a = np.array([c for c in counts if c.control and c.treated], float)
+    if not len(a):
         return None
-    total = a.sum(0)
-    return Estimate.of(total[1] / total[0] - total[3] / total[2], control_right / control - treated_right / treated)
+    drawn = a[_resamples(len(a))].sum(1)  # [NUM_RESAMPLES, 4]
+
+    def cost(sums: NDArray[np.float64]) -> Any:
+        control, control_right, treated, treated_right = sums.T
+        return control_right / control - treated_right / treated
+
+    return Estimate.of(cost(a.sum(0)), cost(drawn))
 
 
 def _pass_at(k: int, correct: Sequence[bool]) -> float:
