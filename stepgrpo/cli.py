@@ -179,12 +179,13 @@ def data(
             s.source: [
                 *(f"{n:,}" for n in (s.problems, s.duplicates, s.conflicts, s.bad_lines)),
                 f"{s.median_prompt_tokens:,} / {s.max_prompt_tokens:,}",
-                ", ".join(f"{name}: {n:,}" for name, n in s.overlap.items()),
             ]
             for s in sets
         }
-        columns = ["problems", "repeated", "in conflict", "bad lines", "prompt tokens\nmedian / most", "also held out"]
+        columns = ["problems", "repeated", "in\nconflict", "bad\nlines", "prompt tokens,\nmedian / most"]
         display.console.print(_grid(columns, rows))
+        for name, number in sets[0].overlap.items():
+            display.print(f"{number:,} training problems are also in {name}")
 
     _guard(job)
 
@@ -363,7 +364,7 @@ def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", min_width=8)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for name, cells in rows.items():

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from stepgrpo.config import Config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.mark.parametrize("page", ["configuration", "metrics"])
@@ -31,7 +31,7 @@ def test_every_setting_a_page_names_exists(page: Path) -> None:
     known = set(settings(Config))
     sections = "|".join(name for name in Config.model_fields if any(key.startswith(f"{name}.") for key in known))
     named = set(re.findall(rf"(?<![\w/.-])(?:{sections})\.[a-z_]+(?:\.[a-z_]+)?(?![\w(/])", page.read_text("utf-8")))
-    files = {name for name in named if name.rpartition(".")[2] in ("py", "jsonl", "yaml", "parquet")}
+    files = {name for name in named if name.rpartition(".")[2] in ("py", "jsonl", "yaml", "parquet", "md")}
     assert {n for n in named - files if n not in known and not any(k.startswith(f"{n}.") for k in known)} == set()
 
 
