@@ -97,6 +97,7 @@ class Loop:
         self.rollout_watch, self.eval_watch = metrics.TriggerWatch(window=20), metrics.TriggerWatch(window=1)
         self.row: dict[str, Any] = {}
         self.last_eval = ""
+        self._grader_failed = False
         self._wake = asyncio.Event()
         self._closable = asyncio.Event()
         self._busy_since: float | None = None
@@ -284,6 +285,12 @@ class Loop:
             }
             self.log.write(self.row)
             self._watch(self.rollout_watch.see(self.row["rollout/steps"], self.row["rollout/tokens"]), "rollouts")
+        error = next((f.error for g in groups for f in g.facts if f.error), None)
+        if error and not self._grader_failed:
+            self._grader_failed = True
+            self.display.warn(
+                f"a response could not be graded and counts as wrong ({error}); reward/grader_failures counts them"
+            )
         append_json(
             c.run_dir / "draws.jsonl", {"batch": batch.index, "trained": batch.kept, "filtered": batch.filtered}
         )

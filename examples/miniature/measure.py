@@ -60,11 +60,9 @@ def read_problems(path: Path) -> list[tuple[Problem, int]]:
     return [(Problem.parse(row["problem"]), row["level"]) for row in rows]
 
 
-def respond(
-    model: Any, problems: Sequence[tuple[Problem, int]], *, greedy: bool = False, max_new_tokens: int = MAX_NEW_TOKENS
-) -> list[Response]:
+def respond(model: Any, problems: Sequence[tuple[Problem, int]], *, greedy: bool = False) -> list[Response]:
     """One response per problem, at temperature 1 unless ``greedy``, from torch's global generator."""
-    words, _ = _generate(model, [ask(p) for p, _ in problems], max_new_tokens, stop=[EOS], greedy=greedy)
+    words, _ = _generate(model, [ask(p) for p, _ in problems], MAX_NEW_TOKENS, stop=[EOS], greedy=greedy)
     return [Response(p, level, w) for (p, level), w in zip(problems, words, strict=True)]
 
 
@@ -102,10 +100,10 @@ def probe(model: Any, at: Sequence[Trigger]) -> dict[str, float | None]:
     }
 
 
-def measure(model: Any, heldout: Path, *, seed: int = 0, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
+def measure(model: Any, heldout: Path, *, seed: int = 0) -> dict[str, Any]:
     """Behaviour on the problems of ``heldout``, one sample each."""
     torch.manual_seed(seed)
-    responses = respond(model, read_problems(heldout), max_new_tokens=max_new_tokens)
+    responses = respond(model, read_problems(heldout))
 
     def summary(chosen: Sequence[Response]) -> dict[str, float]:
         return {
@@ -119,7 +117,7 @@ def measure(model: Any, heldout: Path, *, seed: int = 0, max_new_tokens: int = M
 
     return {
         "temperature": 1.0,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": MAX_NEW_TOKENS,
         **summary(responses),
         "levels": {
             level: summary([r for r in responses if r.level == level]) for level in sorted({r.level for r in responses})
@@ -162,10 +160,9 @@ def _share(outcomes: Sequence[bool]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a miniature checkpoint on the held-out problems.")
     parser.add_argument("checkpoint", type=Path, nargs="?", default=HERE / "model")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint).eval()
-    print(json.dumps(measure(model, HERE / "data" / "heldout.jsonl", max_new_tokens=args.max_new_tokens), indent=2))
+    print(json.dumps(measure(model, HERE / "data" / "heldout.jsonl"), indent=2))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class Habits:
 
 
 OVERTHINKING = Habits()
-STUBBORN = Habits(stop_early=0.0, stop_done=0.4, aim=0.8, max_steps=14, redundant=3)
+STUBBORN = Habits(stop_early=0.0, stop_done=1.0, aim=1.0, redundant=4)
 BRIEF = Habits(stop_early=0.2, stop_done=0.6, aim=1.0, max_steps=4)
 
 

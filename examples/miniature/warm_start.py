@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3ForCausalLM
 
-from examples.miniature.measure import MAX_NEW_TOKENS, measure
+from examples.miniature.measure import measure
 from examples.miniature.policy import PAD, build_model, build_tokenizer
 from examples.miniature.task import (
     BRIEF,
@@ -144,7 +144,7 @@ def train(recipe: Recipe, habits: Habits = OVERTHINKING, *, report_every: int = 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the miniature's starting checkpoint.")
     parser.add_argument(
-        "--stubborn", action="store_true", help="traces that never stop before several redundant checks"
+        "--stubborn", action="store_true", help="traces that always make four redundant checks"
     )
     parser.add_argument("--out", type=Path, help="where to write it; default: model/ or stubborn/ beside this file")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
@@ -156,7 +156,7 @@ def main() -> None:
     recipe = Recipe(seed=args.seed, steps=args.steps)
     if args.stubborn:
         recipe = replace(recipe, unclosed=STUBBORN_UNCLOSED)
-    habits, max_new_tokens = (STUBBORN, 220) if args.stubborn else (OVERTHINKING, MAX_NEW_TOKENS)
+    habits = STUBBORN if args.stubborn else OVERTHINKING
     out = args.out or HERE / ("stubborn" if args.stubborn else "model")
     start = time.monotonic()
     model = train(recipe, habits)
@@ -170,7 +170,7 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": args.threads,
         "seconds": round(seconds),
-        "measured": measure(model.eval(), HERE / "data" / "heldout.jsonl", max_new_tokens=max_new_tokens),
+        "measured": measure(model.eval(), HERE / "data" / "heldout.jsonl"),
     }
     text = json.dumps(record, indent=2)
     (out / "warm_start.json").write_text(text + "\n")

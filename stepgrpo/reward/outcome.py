@@ -16,13 +16,16 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
+
+from stepgrpo.config import brief
+from stepgrpo.plugin import is_own, load_own
 
 if TYPE_CHECKING:
     from stepgrpo.config import RewardConfig
@@ -41,8 +44,8 @@ class Outcome:
     answer: str | None
     """What the box holds; None where there is none."""
     error: str | None = None
-    """Why the grader could give no verdict (``correct`` is then False): "timeout", "memory", "crash" or "truth", the
-    last where the true answer cannot be read. None where it could."""
+    """Why the grader could give no verdict (``correct`` is then False): "timeout", "memory", "crash", "truth" where the
+    true answer cannot be read, or what a user's own grader raised. None where it could."""
 
 
 class Grader(Protocol):
@@ -97,33 +100,20 @@ class ExactGrader:
         pass
 
 
-class MathGrader:
-    """Mathematical equality, by math-verify in separate processes that start with the first question to them.
+class _PooledGrader:
+    """Asks a judge in separate processes, which start with the first question to them.
 
     May be used from any thread or event loop. The processes do not outlive their owner, even one that was killed: idle
     ones end when its pipe breaks, busy ones at the latest when their alarm rings.
-
-    Args:
-        processes: How many.
-        timeout: Seconds after which one comparison is given up.
-        memory_mb: Address space of one process.
-        think_close: The marker that ends thinking.
     """
 
-    def __init__(
-        self, processes: int = 2, timeout: float = 10.0, memory_mb: int = 2048, think_close: str = "</think>"
-    ) -> None:
+    def __init__(self, judge: str, processes: int, timeout: float, memory_mb: int, think_close: str) -> None:
+        """``judge``: `package.module:name` of a function of two texts, imported in each process."""
+        self._judge_name = judge
         self._processes, self._timeout, self._memory_mb, self._think_close = processes, timeout, memory_mb, think_close
         self._lock = threading.Lock()
         self._pool = self._make_pool()
         self._closed = False
-
-    async def grade(self, responses: Sequence[str], truth: str) -> list[Outcome]:
-        answers = [extract_answer(r, self._think_close) for r in responses]
-        distinct = [a for a in dict.fromkeys(answers) if a is not None]
-        outcomes = await asyncio.gather(*(self._judge(a, truth.strip()) for a in distinct))
-        verdicts: dict[str | None, Outcome] = dict(zip(distinct, outcomes, strict=True))
-        return [verdicts.get(a, Outcome(False, False, None)) for a in answers]
 
     def close(self) -> None:
         with self._lock:
@@ -131,38 +121,32 @@ class MathGrader:
         self._pool.stop()
         self._pool.join()
 
-    async def _judge(self, answer: str, truth: str) -> Outcome:
-        if answer == truth:
-            return Outcome(True, True, answer)
-        if len(answer) > MAX_ANSWER_CHARS:
-            return Outcome(False, True, answer)
+    async def _judged(self, text: str, truth: str) -> Any:
+        """What the judge says, or a ``_Failure``."""
         try:
-            equal = await self._ask(answer, truth)
+            return await self._ask(text, truth)
         except ProcessExpired as e:
-            reason = {-signal.SIGALRM: "timeout", _OUT_OF_MEMORY: "memory"}.get(e.exitcode, "crash")
+            return _Failure({-signal.SIGALRM: "timeout", _OUT_OF_MEMORY: "memory"}.get(e.exitcode, "crash"))
         except TimeoutError:
-            reason = "timeout"
+            return _Failure("timeout")
         except Exception:
             if self._closed:
                 raise
-            reason = "crash"
-        else:
-            return Outcome(bool(equal), True, answer, "truth" if equal is None else None)
-        return Outcome(False, True, answer, reason)
+            return _Failure("crash")
 
-    async def _ask(self, answer: str, truth: str) -> bool | None:
+    async def _ask(self, text: str, truth: str) -> Any:
         try:
-            return await self._schedule(answer, truth)
+            return await self._schedule(text, truth)
         except RuntimeError:
             # A process that dies while idle breaks the whole pool, and with it every open question: ask a new one.
-            return await self._schedule(answer, truth)
+            return await self._schedule(text, truth)
 
-    async def _schedule(self, answer: str, truth: str) -> bool | None:
+    async def _schedule(self, text: str, truth: str) -> Any:
         pool = self._working_pool()
         # The alarm inside the process rings first. Pebble's own limit sends SIGTERM, which a process deep in C never
         # sees, and its pool stands still for the seconds it waits before it kills.
-        task = pool.schedule(_equal, args=(answer, truth, self._timeout), timeout=self._timeout + 2)
-        future: asyncio.Future[bool | None] = asyncio.wrap_future(task)
+        task = pool.schedule(_ask_judge, args=(text, truth, self._timeout), timeout=self._timeout + 2)
+        future: asyncio.Future[Any] = asyncio.wrap_future(task)
         try:
             while not (await asyncio.wait([future], timeout=1))[0]:
                 if not pool.active:  # a task that came while the pool broke or closed is never answered
@@ -184,16 +168,76 @@ class MathGrader:
         return ProcessPool(
             max_workers=self._processes,
             initializer=_start_process,
-            initargs=(self._memory_mb,),
+            initargs=(self._memory_mb, self._judge_name),
             context=multiprocessing.get_context("spawn"),
         )
 
 
+class MathGrader(_PooledGrader):
+    """Equality of the last box and the truth, as ``reward.equality`` sees it.
+
+    Args:
+        processes: How many.
+        timeout: Seconds after which one comparison is given up.
+        memory_mb: Address space of one process.
+        think_close: The marker that ends thinking.
+    """
+
+    def __init__(
+        self, processes: int = 2, timeout: float = 10.0, memory_mb: int = 2048, think_close: str = "</think>"
+    ) -> None:
+        super().__init__(_EQUAL, processes, timeout, memory_mb, think_close)
+
+    async def grade(self, responses: Sequence[str], truth: str) -> list[Outcome]:
+        answers = [extract_answer(r, self._think_close) for r in responses]
+        distinct = [a for a in dict.fromkeys(answers) if a is not None]
+        outcomes = await asyncio.gather(*(self._compare(a, truth.strip()) for a in distinct))
+        verdicts: dict[str | None, Outcome] = dict(zip(distinct, outcomes, strict=True))
+        return [verdicts.get(a, Outcome(False, False, None)) for a in answers]
+
+    async def _compare(self, answer: str, truth: str) -> Outcome:
+        if answer == truth:
+            return Outcome(True, True, answer)
+        if len(answer) > MAX_ANSWER_CHARS:
+            return Outcome(False, True, answer)
+        equal = await self._judged(answer, truth)
+        if isinstance(equal, _Failure):
+            return Outcome(False, True, answer, equal.reason)
+        return Outcome(bool(equal), True, answer, "truth" if equal is None else None)
+
+
+class OwnGrader(_PooledGrader):
+    """A user's function ``(response, truth) -> bool | Outcome`` as the judge; arguments as of ``MathGrader``."""
+
+    def __init__(self, name: str, processes: int, timeout: float, memory_mb: int, think_close: str) -> None:
+        load_own(name, "reward.grader")  # here, where an error can be told
+        super().__init__(name, processes, timeout, memory_mb, think_close)
+
+    async def grade(self, responses: Sequence[str], truth: str) -> list[Outcome]:
+        distinct = list(dict.fromkeys(responses))
+        outcomes = await asyncio.gather(*(self._ask_own(r, truth) for r in distinct))
+        verdicts = dict(zip(distinct, outcomes, strict=True))
+        return [verdicts[r] for r in responses]
+
+    async def _ask_own(self, response: str, truth: str) -> Outcome:
+        verdict = await self._judged(response, truth)
+        if isinstance(verdict, Outcome):
+            return verdict
+        answer = extract_answer(response, self._think_close)
+        reason = verdict.reason if isinstance(verdict, _Failure) else None
+        return Outcome(reason is None and bool(verdict), answer is not None, answer, reason)
+
+
 def make_grader(config: RewardConfig, think_close: str) -> Grader:
-    """The grader that ``config.grader`` names, with its limits."""
+    """The grader that ``config.grader`` names, with its limits.
+
+    Raises:
+        ConfigError: the user's own cannot be imported.
+    """
     if config.grader == "exact":
         return ExactGrader(think_close)
-    return MathGrader(config.grade_processes, config.grade_timeout, config.grade_memory_mb, think_close)
+    limits = (config.grade_processes, config.grade_timeout, config.grade_memory_mb, think_close)
+    return OwnGrader(config.grader, *limits) if is_own(config.grader) else MathGrader(*limits)
 
 
 def grade(response: str, truth: str) -> Outcome:
@@ -216,16 +260,24 @@ _OUT_OF_MEMORY = 77
 """Exit code of a process that met its memory limit."""
 
 
-def _start_process(memory_mb: int) -> None:
+_EQUAL = "stepgrpo.reward.equality:equal"
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    reason: str
+
+
+def _start_process(memory_mb: int, judge: str) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # warns that its own timeouts are off
-    import math_verify  # noqa: F401  (here, before the first alarm is set)
-
+    global _judge, _close_to_the_limit
+    _judge = load_own(judge, "reward.grader")  # here, before the first alarm is set
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    global _close_to_the_limit
     _close_to_the_limit = (_peak_memory() + (memory_mb << 20)) // 2
 
 
+_judge: Callable[[str, str], Any]
 _close_to_the_limit = 0
 """Bytes: half way from what a process takes idle to its limit."""
 
@@ -236,29 +288,18 @@ def _peak_memory() -> int:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmPeak:"))
 
 
-def _equal(answer: str, truth: str, timeout: float) -> bool | None:
-    """Whether the two are equal; None where the truth cannot be read. May end the process instead."""
+def _ask_judge(text: str, truth: str, timeout: float) -> Any:
+    """What the judge says; a ``_Failure`` if it raises. May end the process instead."""
     signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
-        from math_verify import verify
-
-        expected = _parse(truth)
-        if verify(expected, _parse(answer), timeout_seconds=None):
-            return True
+        verdict = _judge(text, truth)
         # math-verify takes any exception for "not equal", a MemoryError too: a "no" close to the limit is none.
-        if _peak_memory() > _close_to_the_limit:
+        if not verdict and _peak_memory() > _close_to_the_limit:
             raise MemoryError
-        return False if any(not isinstance(e, str) for e in expected) else None
+        return verdict
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)  # rather than go on: what ate the memory may live on in sympy's caches
+    except Exception as e:
+        return _Failure(f"{type(e).__name__}: {brief(e)}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _parse(latex: str) -> list[object]:
-    """The expression, and the text it was read from; only the text, or nothing, where it cannot be read."""
-    from math_verify import LatexExtractionConfig, parse
-
-    # Nothing but the box: the default also fishes the last number out of an answer that it cannot read.
-    box = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    return parse(rf"\boxed{{{latex}}}", [box], parsing_timeout=None)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pairs import KNOWN_MISSES, RIGHT, WRONG
 
-from stepgrpo.config import RewardConfig
+from stepgrpo.config import ConfigError, RewardConfig
 from stepgrpo.reward.outcome import (
     MAX_ANSWER_CHARS,
     ExactGrader,
@@ -262,12 +263,12 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_grading_process_loads_no_heavy_library() -> None:
-    heavy = {"torch", "ray", "vllm", "deepspeed", "transformers", "stepgrpo.config"}
+    heavy = {"torch", "ray", "vllm", "deepspeed", "transformers"}
     program = f"""
 import sys
 from stepgrpo.reward import outcome
-outcome._start_process(2048)
-assert outcome._equal(r"\\frac12", "0.5", 60.0) is True
+outcome._start_process(2048, outcome._EQUAL)
+assert outcome._ask_judge(r"\\frac12", "0.5", 60.0) is True
 print(*({heavy} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -280,3 +281,199 @@ def test_a_config_names_the_grader() -> None:
     assert asyncio.run(exact.grade([r"<done>\boxed{1 2}"], "1  2")) == [Outcome(True, True, "1 2")]
     assert asyncio.run(math.grade([r"<done>\boxed{x}"], "x")) == [Outcome(True, True, "x")]  # needs no process
     math.close()
+
+
+# Shapes of answers
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+async def test_answers_that_a_person_takes_for_equal_are_right(grader: MathGrader, kind: str) -> None:
+    outcomes = await asyncio.gather(*(grader.grade([boxed(answer)], truth) for answer, truth in RIGHT[kind]))
+    assert [pair for pair, [o] in zip(RIGHT[kind], outcomes, strict=True) if not o.correct or o.error] == []
+
+
+@pytest.mark.parametrize("kind", WRONG)
+async def test_answers_that_a_person_takes_for_different_are_wrong(grader: MathGrader, kind: str) -> None:
+    outcomes = await asyncio.gather(*(grader.grade([boxed(answer)], truth) for answer, truth in WRONG[kind]))
+    assert [pair for pair, [o] in zip(WRONG[kind], outcomes, strict=True) if o.correct or o.error] == []
+
+
+def test_the_pairs_are_many() -> None:
+    assert sum(len(pairs) for kinds in (RIGHT, WRONG) for pairs in kinds.values()) >= 400
+
+
+@pytest.mark.parametrize("pair", KNOWN_MISSES)
+async def test_what_is_known_to_be_missed_is_not_right(grader: MathGrader, pair: tuple[str, str]) -> None:
+    """One that passes here has been mended: move it to the others."""
+    [outcome] = await grader.grade([boxed(pair[0])], pair[1])
+    assert not outcome.correct
+
+
+# Hostile answers
+
+
+HOSTILE = [
+    *("9^{9^{9^9}}", "9^{9^{9^{9^9}}}", "10^{10^{10}}", "((9^9)^9)^{9^9}", "2^{2^{2^{2^{2^2}}}}", "(-8)^{9^{9^9}}"),
+    *("10^{9}!", "(9^9)!", "(((3!)!)!)!", "9!!!!!!", r"\binom{10^9}{5 \cdot 10^8}", r"\binom{9^{99}}{9^{98}}"),
+    *(r"\sum_{n=1}^{10^{12}} \frac{1}{n}", r"\prod_{n=1}^{10^9} n", r"\sum_{i=1}^{10^6}\sum_{j=1}^{10^6} ij"),
+    *(r"\int_0^\infty e^{-x^2} \sin(x^{x^x}) dx", r"\int \frac{1}{x^{99}+x+1} dx", r"\int_0^1 x^x dx"),
+    *(r"\lim_{n \to \infty} (1 + 1/n)^{n^n}", r"\frac{d}{dx} x^{x^{x^{x^x}}}", r"\sqrt[10^9]{2}", r"\log_{9^{9^9}} 2"),
+    *("{" * 900, "}" * 900, "{" * 450 + "1" + "}" * 450, "(" * 900, "(" * 450 + "1" + ")" * 450, "[" * 900),
+    *(r"\left(" * 150, r"\frac{1}{" * 100 + "2" + "}" * 100, r"\sqrt{" * 140 + "2" + "}" * 140, "-" * 900 + "1"),
+    *("x^{" * 200 + "x" + "}" * 200, "x_{" * 200 + "1" + "}" * 200, "|" * 900, r"\{" * 400, "1+" * 450 + "1"),
+    *("1/" * 450 + "1", "(x+1)" * 180, "(a+b+c+d)^{99}", "(x+y)^{10^5}", "9" * 999, "0." + "1" * 990, "1e999999999"),
+    *(r"\sin(" * 180 + "x" + ")" * 180, "x" * 999, "x!" * 400, "1,000" * 190, "a" * 30 + "!", ",".join(["1"] * 480)),
+    r"\begin{pmatrix}" + r"1 & 2 \\ " * 90 + r"\end{pmatrix}",
+    r"\det \begin{pmatrix}" + " & ".join("x" * 40) + r"\end{pmatrix}",
+    *(
+        r"\begin{cases}" * 60,
+        r"\begin{array}{" + "c" * 900 + "}",
+        r"\{1, 2, \ldots, 10^{12}\}",
+        r"\bigcup_{n=1}^{10^9} \{n\}",
+    ),
+    *("\x00", "4\x00", "\x00" * 900, "\ud800", "4\udfff", "\ufffe\uffff", "\u202e4\u202c", "\u200f4", "\u200b" * 900),
+    *(
+        "٤",
+        "四",
+        "४",
+        "𝟜",
+        "４",
+        "Ⅳ",
+        "四分之一",
+        "четыре",
+        "τέσσερα",
+        "אַרְבַּע",
+        "أربعة",
+        "🙂" * 400,
+        "Z" + "\u0335\u0322" * 400,
+    ),
+    *(
+        "__import__('os').system('touch /tmp/taken')",
+        "exit()",
+        "quit()",
+        "os._exit(0)",
+        "raise SystemExit",
+        "import os",
+    ),
+    *(
+        "lambda x: x",
+        "[x for x in range(10**9)]",
+        "{}.__class__.__mro__",
+        "eval('1')",
+        "exec('1')",
+        "open('/etc/passwd')",
+    ),
+    *(
+        "oo",
+        "zoo",
+        "nan",
+        "inf",
+        "-oo",
+        "S.Infinity",
+        "E",
+        "I",
+        "pi",
+        "gamma",
+        "beta",
+        "Symbol('x')",
+        "N",
+        "Q",
+        "None",
+        "True",
+    ),
+    *(
+        r"\input{/etc/passwd}",
+        r"\write18{ls}",
+        r"\def\x{\x\x}\x",
+        r"\newcommand{\a}{\a\a}\a",
+        r"\csname x\endcsname",
+        "\\" * 499,
+    ),
+    *(
+        "<script>alert(1)</script>",
+        "%s%s%n",
+        "{0.__class__}",
+        "${7*7}",
+        "' OR 1=1 --",
+        "a" * 500 + "b" * 499,
+        "(a+)+$",
+        " " * 990,
+    ),
+    *(
+        "=" * 900,
+        "x=" * 450 + "1",
+        "<" * 900,
+        "1<x<" * 200,
+        "\n" * 900,
+        "\t4\t",
+        "4\r\n",
+        "NaN" * 300,
+        "4" + "0" * 990,
+        "^" * 900,
+    ),
+]
+
+
+async def test_no_hostile_answer_hangs_or_takes_another_ones_verdict_with_it() -> None:
+    assert len(HOSTILE) >= 100
+    limited = MathGrader(processes=2, timeout=1.0, memory_mb=1024)
+    try:
+        # Each in one group with a right and a wrong answer, all groups at once; also some too long to be asked about.
+        deep = ["{" * 100_000, r"\frac{1}{" * 5000 + "2" + "}" * 5000, "9" * 100_000, " " * 1_000_000 + "7"]
+        groups = [[boxed(r"\frac{8}{2}"), boxed(h), boxed("5")] for h in (*HOSTILE, *deep)]
+        outcomes = await asyncio.wait_for(asyncio.gather(*(limited.grade(g, "4") for g in groups)), 400)
+    finally:
+        limited.close()
+    for hostile, (right, _, wrong) in zip((*HOSTILE, *deep), outcomes, strict=True):
+        assert (right.correct, right.error) == (True, None), hostile[:40]
+        assert (wrong.correct, wrong.error) == (False, None), hostile[:40]
+    verdicts = {h: o[1] for h, o in zip((*HOSTILE, *deep), outcomes, strict=True)}
+    assert {o.error for o in verdicts.values()} <= {None, "timeout", "memory", "crash"}
+    fours = {"４", "𝟜", "٤", "४", "\u202e4\u202c", "\u200f4", "\t4\t", "4\r\n", "Ⅳ", "4\x00", "4\udfff"}
+    assert {h[:40] for h, o in verdicts.items() if o.correct and h not in fours} == set()
+    assert not os.path.exists("/tmp/taken")  # noqa: ASYNC240
+
+
+@pytest.mark.parametrize("truth", ["9^{9^{9^9}}", "{" * 100_000, "\x00", "\ud800", r"\frac{1}{" * 5000, "", "exit()"])
+async def test_a_hostile_truth_gives_a_verdict_or_a_reason_within_the_limit(truth: str) -> None:
+    limited = MathGrader(processes=1, timeout=2.0, memory_mb=1024)
+    try:
+        [outcome] = await asyncio.wait_for(limited.grade([boxed("4")], truth), 30)
+        assert not outcome.correct
+        [after] = await asyncio.wait_for(limited.grade([boxed("4.0")], "4"), 30)
+        assert after.correct
+    finally:
+        limited.close()
+
+
+# A user's own
+
+
+def shouted(response: str, truth: str) -> bool | Outcome:
+    """An own grader, with faults to ask for."""
+    match truth:
+        case "raise":
+            raise KeyError("the user's fault")
+        case "hang":
+            time.sleep(60)
+        case "outcome":
+            return Outcome(True, True, "mine")
+    return response.endswith(f"{truth.upper()}!")
+
+
+async def test_a_users_grader_sees_the_whole_response_and_runs_within_the_same_limits() -> None:
+    own = make_grader(RewardConfig(grader="test_outcome:shouted", grade_timeout=2.0, grade_processes=1), "</think>")
+    try:
+        right, wrong = await own.grade([r"no thinking, FOUR!", r"</think>\boxed{four}"], "four")
+        assert (right.correct, right.formatted, wrong.correct, wrong.formatted) == (True, False, False, True)
+        assert await own.grade(["x"], "outcome") == [Outcome(True, True, "mine")]
+        assert [o.error for o in await own.grade(["x"], "raise")] == ['KeyError: "the user\'s fault"']
+        assert [o.error for o in await own.grade(["x", "FOUR!"], "hang")] == ["timeout"] * 2
+        assert [o.correct for o in await own.grade(["FOUR!"], "four")] == [True]
+    finally:
+        own.close()
+
+
+def test_a_users_grader_that_is_not_there_is_refused_before_any_process_starts() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.grader: got test_outcome:none, which cannot be imported"):
+        make_grader(RewardConfig(grader="test_outcome:none"), "</think>")
