@@ -143,9 +143,7 @@ def train(recipe: Recipe, habits: Habits = OVERTHINKING, *, report_every: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the miniature's starting checkpoint.")
-    parser.add_argument(
-        "--stubborn", action="store_true", help="traces that always make four redundant checks"
-    )
+    parser.add_argument("--stubborn", action="store_true", help="traces that always make four redundant checks")
     parser.add_argument("--out", type=Path, help="where to write it; default: model/ or stubborn/ beside this file")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
     parser.add_argument("--steps", type=int, default=Recipe().steps)
