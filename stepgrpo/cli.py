@@ -328,7 +328,9 @@ def _benchmarks(record: dict[str, Any]) -> Any:
     rows: dict[str, list[str]] = {f"accuracy{f' (mean@{samples})' if samples > 1 else ''}, %": []}
     rows[next(iter(rows))] = [_stacked(c["accuracy"], 1, 100) for c in columns.values()]
     for k in sorted({int(k) for c in columns.values() for k in c.get("pass_at", {}) if int(k) > 1}):
-        rows[f"pass@{k}, %"] = [_stacked(c["pass_at"][k], 1, 100) if "pass_at" in c else "" for c in columns.values()]
+        rows[f"pass@{k}, %"] = [
+            _stacked(c["pass_at"][str(k)], 1, 100) if "pass_at" in c else "" for c in columns.values()
+        ]
     rows["tokens per answer"] = [_stacked(c["tokens"], 1) for c in columns.values()]
     rows["steps per answer"] = [_stacked(c["steps"], 2) for c in columns.values()]
     if any(c.get("probe_tokens") for c in columns.values()):

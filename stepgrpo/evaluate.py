@@ -128,7 +128,8 @@ class Evaluation:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON gives it back, whose keys are texts."""
+        return asdict(self) | {"pass_at": {str(k): asdict(e) for k, e in self.pass_at.items()}}
 
 
 def evaluation(groups: Sequence[GradedGroup], *, version: int, seconds: float) -> Evaluation:
