@@ -281,7 +281,7 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
         assert browser.locator("#curves .plot:has(svg.main-svg)").count() == 2
 
 
-@pytest.mark.parametrize(("tokens", "warned"), [(45.0, 0), (86.0, 2)])
+@pytest.mark.parametrize(("tokens", "warned"), [(45.0, 0), (86.0, 1)])
 def test_fewer_steps_without_fewer_tokens_are_warned_about(tmp_path: Path, tokens: float, warned: int) -> None:
     write([make_run(tmp_path / "run", tokens_after=tokens)], tmp_path / "report.html")
     with opened(tmp_path / "report.html") as browser:

@@ -140,18 +140,16 @@ def _short(value: float | None) -> float | None:
 
 
 def _warnings(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
-    """Whether steps fell without tokens at the end of training, in its rollouts and on held-out problems."""
-    seen = [(r["rollout/steps"], r["rollout/tokens"]) for r in rows if r.get("rollout/steps") is not None]
-    window = max(1, min(20, len(seen) // 4))
-    observations = {"Rollouts": (window, seen[:window] + seen[-window:])}
+    """Whether steps fell without tokens: on held-out problems, or in rollouts where there are none."""
     if "before" in summary and "after" in summary:
         ends = (summary["before"], summary["after"])
-        observations["Held-out problems"] = (1, [(e["steps"]["mean"], e["tokens"]["mean"]) for e in ends])
-    told = []
-    for where, (size, pairs) in observations.items():
-        watch = TriggerWatch(size)
-        told += [f"{where}: {message}" for steps, tokens in pairs if (message := watch.see(steps, tokens))]
-    return told
+        where, size, pairs = "Held-out problems", 1, [(e["steps"]["mean"], e["tokens"]["mean"]) for e in ends]
+    else:
+        seen = [(r["rollout/steps"], r["rollout/tokens"]) for r in rows if r.get("rollout/steps") is not None]
+        where, size = "Rollouts", max(1, min(20, len(seen) // 4))
+        pairs = seen[:size] + seen[-size:]
+    watch = TriggerWatch(size)
+    return [f"{where}: {message}" for steps, tokens in pairs if (message := watch.see(steps, tokens))]
 
 
 def _histograms(heldout: dict[str, Any] | None) -> dict[str, Any]:
