@@ -146,7 +146,7 @@ def compare(
         import stepgrpo.compare as comparison
 
         if table:
-            result = comparison.write_table(comparison.jobs(config)[0], config)
+            result = comparison.write_table(*comparison.jobs(config), config)
         else:
             result = comparison.compare(config, display, only or [])
         if not result["methods"]:
@@ -325,8 +325,8 @@ def _benchmarks(record: dict[str, Any]) -> Any:
     if len(columns) > 1:
         columns["mean"] = record["mean"]
     samples = max(c.get("samples", 1) for c in columns.values())
-    rows: dict[str, list[str]] = {f"accuracy{f' (mean@{samples})' if samples > 1 else ''}, %": []}
-    rows[next(iter(rows))] = [_stacked(c["accuracy"], 1, 100) for c in columns.values()]
+    of = f" (mean@{samples})" if samples > 1 else ""
+    rows = {f"accuracy{of}, %": [_stacked(c["accuracy"], 1, 100) for c in columns.values()]}
     for k in sorted({int(k) for c in columns.values() for k in c.get("pass_at", {}) if int(k) > 1}):
         rows[f"pass@{k}, %"] = [
             _stacked(c["pass_at"][str(k)], 1, 100) if "pass_at" in c else "" for c in columns.values()

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ class Job:
 
     def row(self) -> dict[str, Any] | None:
         """The finished row, if there is one of these settings."""
-        row = _row(self.path)
-        return row if row and row["config_hash"] == self.hash else None
+        if not self.path.is_file():
+            return None
+        row: dict[str, Any] = json.loads(self.path.read_text())
+        return row if row["config_hash"] == self.hash else None
 
     def make(self, display: Display) -> None:
         """Run the method and write its row."""
@@ -124,8 +127,7 @@ def jobs(path: Path, only: Sequence[str] = ()) -> tuple[CompareConfig, list[Job]
     if unknown := sorted(set(only) - table.methods.keys()):
         raise ConfigError(f"--only {unknown[0]}: takes one of {', '.join(table.methods)}")
     wanted = [(seed, name) for name, m in table.methods.items() for seed in m.seeds or table.seeds]
-    order = {name: i for i, name in enumerate(table.methods)}
-    wanted.sort(key=lambda w: (w[0], order[w[1]]))
+    wanted.sort(key=lambda w: w[0])  # methods keep their order
     return table, [Job(table, path.parent, name, seed) for seed, name in wanted if not only or name in only]
 
 
@@ -135,6 +137,7 @@ def compare(path: Path, display: Display, only: Sequence[str] = ()) -> dict[str,
     A row that fails is told and left for the next call.
     """
     config, todo = jobs(path, only)
+    every = jobs(path)[1] if only else todo
     failed: list[str] = []
     for i, job in enumerate(todo, 1):
         title = f"[{i}/{len(todo)}] {job.name}, seed {job.seed}"
@@ -149,16 +152,20 @@ def compare(path: Path, display: Display, only: Sequence[str] = ()) -> dict[str,
         except Exception as e:
             failed.append(f"{job.name}, seed {job.seed}")
             display.warn(f"{failed[-1]} failed and is left for the next call: {one_line(e)}")
-        write_table(config, path)
-    result = write_table(config, path)
+        write_table(config, every, path)
+    result = write_table(config, every, path)
     result["failed"] = failed
     return result
 
 
-def write_table(config: CompareConfig, path: Path) -> dict[str, Any]:
-    """``table.json``, ``table.md`` and ``table.csv`` of the rows there are."""
+def write_table(config: CompareConfig, every: Sequence[Job], path: Path) -> dict[str, Any]:
+    """``table.json``, ``table.md`` and ``table.csv`` of the rows there are.
+
+    Args:
+        every: all rows of the comparison, which lies at ``path``.
+    """
     results = path.parent / config.results
-    rows = [j.row() for j in jobs(path)[1]]
+    rows = [job.row() for job in every]
     result = table(config, [r for r in rows if r])
     if not result["methods"]:
         return result
@@ -297,9 +304,13 @@ def _hash(config: Config, method: MethodConfig) -> str:
     ]
     for file in files:
         if file.is_file():
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            stat = file.stat()
+            digest.update(_file_digest(file, stat.st_mtime_ns, stat.st_size))
     return digest.hexdigest()[:16]
 
 
-def _row(path: Path) -> dict[str, Any] | None:
-    return dict(json.loads(path.read_text())) if path.is_file() else None
+@lru_cache
+def _file_digest(file: Path, changed_ns: int, size: int) -> bytes:
+    """Read once for all rows: a checkpoint may be large. ``changed_ns`` and ``size`` tell a changed file apart."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()

@@ -31,6 +31,11 @@ def brief(error: Exception, limit: int = 160) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+def is_own(name: str) -> bool:
+    """Whether a setting names a function of the user's, and not one of ours."""
+    return ":" in name
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
@@ -421,7 +426,7 @@ class Config(RunConfig):
         if self.rollout.probe:
             names.append(("rollout.probe.policy", self.rollout.probe.policy, ("confidence",)))
         for field, name, known in names:
-            if name not in known and ":" not in name:
+            if name not in known and not is_own(name):
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ValueError(

@@ -10,11 +10,6 @@ from typing import Any
 from stepgrpo.config import ConfigError, brief
 
 
-def is_own(name: str) -> bool:
-    """Whether a setting names a function of the user's, and not one of ours."""
-    return ":" in name
-
-
 def load_own(name: str, field: str) -> Any:
     """What ``package.module:name`` stands for. Modules in the working directory are found, as by ``python -m``.
 

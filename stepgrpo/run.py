@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +15,7 @@ from stepgrpo import launch, rundir
 from stepgrpo.actors.rollout import Rollout
 from stepgrpo.actors.truncation import Preset
 from stepgrpo.benchmarks import by_name
-from stepgrpo.config import Config, ConfigError
+from stepgrpo.config import Config, ConfigError, is_own
 from stepgrpo.console import Display
 from stepgrpo.crew import learner_bundles, rollout_bundles, rollout_crew, saved
 from stepgrpo.data import Problems, PromptStream, in_order, load_problems, without_overlap
@@ -23,7 +23,7 @@ from stepgrpo.evaluate import Answers, Evaluation, compression, decode, evaluati
 from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, max_positions, portable
 from stepgrpo.launch import Bundle
 from stepgrpo.metrics import RunLog
-from stepgrpo.plugin import is_own, load_own
+from stepgrpo.plugin import load_own
 from stepgrpo.reward.schemes import make_scheme
 from stepgrpo.tokens import Codec
 from stepgrpo.train import Loop, Seat
@@ -112,14 +112,14 @@ def evaluate(
         named = by_name(sources, config.data)
         sets = {name: load_problems(source, config.data, tokenizer) for name, source in named.items()}
         note_skipped(display, *sets.values())
+        questions = {(name, p.key): p.question for name, problems in sets.items() for p in problems.items}
         prompts = {name: in_order(problems.items)[: config.eval.num_prompts] for name, problems in sets.items()}
         phase.result = f"{sum(map(len, prompts.values())):,} problems"
     bundles = rollout_bundles(config)
 
     def kept(name: str, group: dict[str, Any]) -> None:
         assert keep is not None
-        question = next(p.question for p in sets[name].items if p.key == group["key"])
-        keep(name, {"question": question, **group})
+        keep(name, {"question": questions[name, group["key"]], **group})
 
     async def go() -> dict[str, tuple[Evaluation, Answers]]:
         cancel_on_sigterm()
@@ -127,11 +127,11 @@ def evaluate(
         async with rollout_crew(config, display, bundles) as (workers, _):
             for name, chosen in prompts.items():
                 with display.phase(f"eval {name}", f"{name}: answering {len(chosen)} problems") as phase:
+                    start = time.monotonic()
                     groups = await decode(workers, chosen, phase.problems, keep and partial(kept, name))
-                    result = evaluation(groups, version=0, seconds=0.0)
+                    result = evaluation(groups, version=0, seconds=time.monotonic() - start)
                     phase.result = shown(result)
-                seconds = display.seconds[f"eval {name}"]
-                results[name] = dataclasses.replace(result, seconds=seconds), Answers.of(groups)
+                results[name] = result, Answers.of(groups)
         return results
 
     with launch.session(config.cluster, bundles):

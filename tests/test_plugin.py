@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stepgrpo.config import ConfigError
-from stepgrpo.plugin import is_own, load_own, make_own
+from stepgrpo.config import ConfigError, is_own
+from stepgrpo.plugin import load_own, make_own
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, NamedTuple, Protocol, Self, TypeVar
 
-from stepgrpo.config import ProbeConfig
-from stepgrpo.plugin import is_own, make_own
+from stepgrpo.config import ProbeConfig, is_own
+from stepgrpo.plugin import make_own
 from stepgrpo.reward.steps import StepRule
 from stepgrpo.tokens import Codec, TextStream
 from stepgrpo.types import Exit

@@ -91,6 +91,7 @@ def _run(directory: Path) -> dict[str, Any]:
     rows = _lines(directory / "metrics.jsonl")
     summary = _json(directory / "summary.json") or {}
     config = _json(directory / "config.json") or {}
+    probes = _lines(directory / "probes.jsonl")
     return {
         "name": directory.resolve().name,
         "path": str(directory),
@@ -104,8 +105,8 @@ def _run(directory: Path) -> dict[str, Any]:
         "evaluations": _lines(directory / "evaluations.jsonl"),
         "warnings": _warnings(rows, summary),
         "heldout": _histograms(_json(directory / "heldout.json")),
-        "calibration": _calibration(_lines(directory / "probes.jsonl"), config),
-        "false_exits": _false_exits(_lines(directory / "probes.jsonl")),
+        "calibration": _calibration(probes, config),
+        "false_exits": _false_exits(probes),
         "exit_cost": _exit_cost(rows, summary),
         "samples": _lines(directory / "samples.jsonl"),
     }

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
 
-from stepgrpo.config import brief
-from stepgrpo.plugin import is_own, load_own
+from stepgrpo.config import brief, is_own
+from stepgrpo.plugin import load_own
 
 if TYPE_CHECKING:
     from stepgrpo.config import RewardConfig

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepgrpo.config import ConfigError
-from stepgrpo.plugin import is_own, load_own
+from stepgrpo.config import ConfigError, is_own
+from stepgrpo.plugin import load_own
 
 if TYPE_CHECKING:
     from stepgrpo.config import RewardConfig

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from stepgrpo.plugin import is_own, make_own
+from stepgrpo.config import is_own
+from stepgrpo.plugin import make_own
 
 if TYPE_CHECKING:
     from stepgrpo.config import RolloutConfig
