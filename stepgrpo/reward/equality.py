@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
+from typing import TypeAlias
 
 from math_verify import LatexExtractionConfig, parse, verify
+from math_verify.parser import NormalizationConfig
+from sympy import Expr, I, Symbol
+
+_Rule: TypeAlias = "tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]"
+"""What stands for something else, and how that is spelled."""
 
 
 def equal(answer: str, truth: str) -> bool | None:
@@ -19,17 +26,20 @@ def equal(answer: str, truth: str) -> bool | None:
     ``C) 12``), but a choice's text equals the text without its letter.
     """
     given, expected = _plain(answer), _plain(truth)
-    given_choice, expected_choice = _CHOICE.fullmatch(_text(given)), _CHOICE.fullmatch(_text(expected))
+    given_choice, expected_choice = _choice(given), _choice(expected)
     if given_choice and expected_choice:
-        return _letter(given_choice) == _letter(expected_choice)
+        return given_choice["letter"] == expected_choice["letter"]
     if choice := given_choice or expected_choice:
         if not choice["rest"]:
             return False
         given, expected = (choice["rest"], expected) if given_choice else (given, choice["rest"])
     given_words, expected_words = _words(given), _words(expected)
-    # Two letters may be a product: ab is ba. Longer words are words.
-    if given_words and expected_words and max(len(given_words), len(expected_words)) > 2:
-        return given_words == expected_words
+    if given_words and expected_words:
+        if given_words == expected_words:
+            return True
+        if any("\\" in side or not side.isascii() for side in (given, expected)):
+            return False  # plain words may still be products of variables: abc = cba
+    given, expected = _apply(_READINGS, given), _apply(_READINGS, expected)
     if given and given == expected:
         return True
     read = _parse(expected)
@@ -41,75 +51,109 @@ def equal(answer: str, truth: str) -> bool | None:
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁱⁿ]+")
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
 _SIGNS = {"−": "-", "–": "-", "⁄": "/", "·": r"\cdot ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "°": r"^\circ "}
-_NO_MEANING = dict.fromkeys("€£¥*\u200b\u200e\u200f\u2060\ufeff", "")
-_TO_ASCII = str.maketrans(_SIGNS | _NO_MEANING)
+_SILENT = "€£¥\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+_TO_LATEX = str.maketrans(_SIGNS | dict.fromkeys(_SILENT, ""))
+
+_MULTIPLIER = r"(?:hundred|thousand|\w*llion|dozen)"
+_FUNCTION = r"(?:sin|cos|tan|log|mod)"
+
+
+def _compiled(*rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> list[_Rule]:
+    return [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+
+_SPELLINGS = _compiled(
+    (r"^\*\*(.*)\*\*$", r"\1"),
+    (r"(?<!\\)\\!", ""),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad\b)|~", " "),
+    (r"\\?\$", ""),
+    (r"\\[bB]igg?[lrm]?(?![a-z])\s*", ""),
+    (r"\\lbrace\b", r"\\{"),
+    (r"\\rbrace\b", r"\\}"),
+    (r"(?:\\left)?\\langle\b", "("),
+    (r"(?:\\right)?\\rangle\b", ")"),
+    (r"\\lbrack\b", "["),
+    (r"\\rbrack\b", "]"),
+    (r"\\varnothing\b", r"\\emptyset"),
+    (r"\\degree\b", r"^\\circ"),
+    (r"√\s*(\d+|[^\W\d])", r"\\sqrt{\1}"),
+    (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<=[\w)}\]])(?<!\\right)\s*\.\s*$", ""),
+)
+
+_CHOICE = re.compile(
+    r"(?i:option|choice|answer)?:?\s*(\()?(?P<letter>[A-J])(?(1)\)|(?:\)|[.:]?$|[.:]\s))\s*(?P<rest>.*)", re.DOTALL
+)
+_FONT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}|\\(?:left|right)(?![a-z])")
+_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
+
+# math-verify takes every "c", "h", "ab" or "t" at the end for a unit, and so 2ab for 2. Here a unit follows a number,
+# and is either text or a longer word.
+_READINGS = _compiled(
+    (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda number: number[0].replace(" ", "")),
+    (r"^(-?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
+    (r"^(-?\d*\.?\d+)[eE]\+?(-?\d+)$", r"\1\\times 10^{\2}"),
+    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", lambda number: _repeating(*number.groups())),
+    (
+        rf"(?:(?<=[\d)}}\]])|(?<=\\pi))\s*\\(?:text\w*|mbox|mathrm)\s*\{{(?!\s*{_MULTIPLIER}|[ei]\}})[^{{}}]*\}}"
+        r"(?:\^\{?\d\}?)?$",
+        "",
+    ),
+    (
+        rf"(?:(?<=[\d)}}\]])|(?<=\\pi))(?:\s*(?:[cmk]m|kg|ft|lbs?|mph|km/h|m/s|hrs?|min|sec|deg)"
+        rf"|\s+(?!{_MULTIPLIER}|{_FUNCTION})[A-Za-z]{{3,}}(?:\s+[A-Za-z]+)*)(?:\^\{{?[23]\}}?)?$",
+        "",
+    ),
+    (r"(?<=[)}])\s*\\?%$", ""),
+)
 
 
 def _plain(latex: str) -> str:
-    """Without what Unicode, spacing macros and a full stop add to it."""
-    latex = _SUPERSCRIPT.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run[0])}}}", latex)
-    latex = _VULGAR_FRACTION.sub(
-        lambda sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign[0]).split("⁄")), latex
-    )
-    latex = unicodedata.normalize("NFKC", latex).translate(_TO_ASCII)
-    for pattern, plain in _SYNONYMS:
-        latex = pattern.sub(plain, latex)
+    """In LaTeX, without what fonts of Unicode, spacing macros and a full stop add to it."""
+    latex = _SUPERSCRIPT.sub(lambda run: f"^{{{_compatible(run[0])}}}", latex)
+    latex = _VULGAR_FRACTION.sub(lambda sign: r"\frac{{{}}}{{{}}}".format(*_compatible(sign[0]).split("⁄")), latex)
+    return _apply(_SPELLINGS, _compatible(latex).translate(_TO_LATEX))
+
+
+def _compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def _apply(rules: list[_Rule], latex: str) -> str:
+    for pattern, replacement in rules:
+        latex = pattern.sub(replacement, latex.strip())
     return latex.strip()
 
 
-_SYNONYMS = [
-    (re.compile(pattern), plain)
-    for pattern, plain in (
-        (r"\\!", ""),
-        (r"(?<=\d)(?:(?<!\\)\\[,;: ]|~| )(?=\d{3}(?!\d))", ""),  # thousands
-        (r"(?<![\d/.])(\d+) +(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
-        (r"(?<=\d)[eE]([+-]?\d+)$", r" \\times 10^{\1}"),
-        (r"(?<=[\d}]) *(?:\\(?:text|mathrm) *\{)? *(?:dollars?|cents?|km/h|mph|m/s) *\}?$", ""),
-        (r" *\\\\ *", r" \\\\ "),
-        (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
-        (r"(?<!\\)\\\$", ""),
-        (r"\\[bB]igg?[lrm]?\b\s*", ""),
-        (r"\\(?:lbrace|lbrack)\b", r"\\{"),
-        (r"\\(?:rbrace|rbrack)\b", r"\\}"),
-        (r"(?:\\left)?\s*\\langle\b", "("),
-        (r"(?:\\right)?\s*\\rangle\b", ")"),
-        (r"\\varnothing\b", r"\\emptyset"),
-        (r"\\degree\b", r"^\\circ"),
-        (r"\\geqslant\b", r"\\geq"),
-        (r"(?<=[\w)}\]])\s*\.\s*$", ""),
-        (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
-        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    )
-]
-
-_CHOICE = re.compile(
-    r"(?i:option|choice|answer)?:?\s*(?:\((?P<in_brackets>[A-J])\)|(?P<bare>[A-J])(?:\)|[.:]?$|[.:]\s))\s*(?P<rest>.*)",
-    re.DOTALL,
-)
-
-_IN_FONT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*")
+def _choice(latex: str) -> re.Match[str] | None:
+    return _CHOICE.fullmatch(_FONT.sub(r"\1", latex).strip())
 
 
-def _text(latex: str) -> str:
-    """Without fonts and dollars."""
-    return re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\$", "", _IN_FONT.sub(r"\1", latex)).strip()
+def _words(latex: str) -> list[str] | None:
+    """The words, in small letters, of what is nothing else; None for other things, and for variables."""
+    text = _FONT.sub(r"\1", latex).strip(" .")
+    shortest = 2 if latex.startswith(r"\text") or not latex.isascii() else 3
+    if len(text) < shortest or not _WORDS.fullmatch(text):
+        return None
+    return text.casefold().split()
 
 
-def _letter(choice: re.Match[str]) -> str:
-    return choice["in_brackets"] or choice["bare"]
-
-
-def _words(latex: str) -> str:
-    """Lower-case words with single blanks, where there are only words, of two letters or more in all; else nothing."""
-    text = _text(latex).removesuffix(".")
-    if len(text) < 2 or not _WORDS.fullmatch(text) or "\\" in text:
-        return ""
-    return " ".join(text.casefold().split())
+def _repeating(whole: str, start: str, period: str) -> str:
+    r"""The fraction that 0.1\overline{6} is."""
+    numerator = int(whole + start + period) - int(whole + start or "0")
+    return rf"\frac{{{numerator}}}{{{'9' * len(period) + '0' * len(start)}}}"
 
 
 def _parse(latex: str) -> list[object]:
     """The expression, and the text it was read from; only the text, or nothing, where it cannot be read."""
-    # Nothing but the box: the default also fishes the last number out of an answer that it cannot read.
-    box = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    return parse(rf"\boxed{{{latex}}}", [box], parsing_timeout=None)
+    read = parse(rf"\boxed{{{latex}}}", [_BOX], parsing_timeout=None)
+    return [e.subs(_LETTER_I) if isinstance(e, Expr) else e for e in read]
+
+
+# Nothing but the box: the default also fishes the last number out of an answer that it cannot read.
+_BOX = LatexExtractionConfig(
+    boxed_match_priority=0,
+    try_extract_without_anchor=False,
+    normalization_config=NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True),
+)
+_LETTER_I = {Symbol("i", real=real): I for real in (True, False)}  # math-verify leaves it a letter of either kind

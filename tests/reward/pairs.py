@@ -1,6 +1,18 @@
 r"""Pairs of an answer, as it stands in a box, and a truth, with the verdict of a reasonable human grader."""
 
 RIGHT: dict[str, list[tuple[str, str]]] = {
+    "letters and periods": [
+        (r"0.\overline{3}", r"\frac{1}{3}"),
+        (r"0.1\overline{6}", r"\frac{1}{6}"),
+        (r"33\frac{1}{3}\%", r"\frac{100}{3}\%"),
+        ("2ab", r"2 \cdot b \cdot a"),
+        ("c + b + a", "a + b + c"),
+        (r"e^{i\pi}", "-1"),
+        (r"\frac{1}{i}", "-i"),
+        ("(1+i)^2", "2i"),
+        ("2*3", "6"),
+        (r"\lbrack 1, 2 \rbrack", "[1, 2]"),
+    ],
     "integers": [
         ("5", "5.0"),
         ("-7", "- 7"),
@@ -352,6 +364,16 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
 }
 
 WRONG: dict[str, list[tuple[str, str]]] = {
+    "letters that are no units": [
+        ("2", "2ab"),
+        ("2ab", "2"),
+        ("2", "2c"),
+        ("5", "5h"),
+        ("7x+2", "7x+2d"),
+        ("5", r"5\text{ million}"),
+        (r"x \text{ is odd}", r"x \text{ is even}"),
+        ("23", "2*3"),
+    ],
     "numbers": [
         ("6", "5"),
         ("-5", "5"),
@@ -486,10 +508,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
 }
 
 KNOWN_MISSES: list[tuple[str, str]] = [
-    (r"0.\overline{3}", r"\frac{1}{3}"),  # a period is not read
-    (r"33\frac{1}{3}\%", r"\frac{100}{3}\%"),  # a mixed number of percent is not read
-    ("2ab", r"2 \cdot b \cdot a"),  # two letters after a number are one symbol
-    (r"e^{i\pi}", "-1"),  # e is a symbol in a power of it
-    (r"\frac{1}{i}", "-i"),  # i is a symbol in a fraction
+    ("5000000", r"5 \text{ million}"),  # a number in words is not read
+    (r"33\frac{1}{3}\%", r"\frac{1}{3}"),  # a mixed number of percent is read without its percent
 ]
 """Equal for a person, but not for the grader."""
