@@ -7,25 +7,43 @@ missing, or was made with other settings.
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from stepgrpo import run, rundir, sft
-from stepgrpo.config import CompareConfig, Config, ConfigError, MethodConfig, SftConfig, load, overlay, read, validate
+from stepgrpo.benchmarks import resolve
+from stepgrpo.config import (
+    CompareConfig,
+    Config,
+    ConfigError,
+    MethodConfig,
+    SftConfig,
+    is_own,
+    load,
+    overlay,
+    read,
+    validate,
+)
 from stepgrpo.console import Display
+from stepgrpo.data import PromptStream
 from stepgrpo.evaluate import COLUMNS, NUM_RESAMPLES, Answers, Estimate
-from stepgrpo.train import one_line
+from stepgrpo.hub import portable
+from stepgrpo.plugin import own_file
+from stepgrpo.train import TrainError, one_line
 
 
 class Job:
@@ -42,14 +60,21 @@ class Job:
         if self.config.data.eval is None:
             raise ConfigError(f"{table.run}: data.eval: got null, takes the held-out problems to compare on")
         self.path = directory / table.results / f"{name}-{seed}.json"
-        self.hash = _hash(self.config, self.method)
+        self.settings = _settings(self.config, self.method)
+        self.files = _digests(self.config)
 
     def row(self) -> dict[str, Any] | None:
-        """The finished row, if there is one of these settings."""
+        """The finished row, if there is one of these settings and files."""
         if not self.path.is_file():
             return None
         row: dict[str, Any] = json.loads(self.path.read_text())
-        return row if row["config_hash"] == self.hash else None
+        return None if self.changes(row) else row
+
+    def changes(self, row: dict[str, Any]) -> list[str]:
+        """Settings and files that were others when ``row`` was made; a setting it does not know was at its default."""
+        made = _defaults() | _flat(row["settings"])
+        settings = [k for k, v in _flat(self.settings).items() if made.get(k, _MISSING) != v]
+        return settings + [k for k, v in self.files.items() if row["files"].get(k) != v]
 
     def make(self, display: Display) -> None:
         """Run the method and write its row."""
@@ -61,12 +86,14 @@ class Job:
         row = {
             "method": self.name,
             "seed": self.seed,
-            "config_hash": self.hash,
-            "config": _settings(self.config),
+            "config_hash": _sha256(json.dumps([self.settings, self.files], sort_keys=True).encode()),
+            "settings": self.settings,
+            "files": self.files,
             "evaluation": evaluation,
             "seconds": round(time.monotonic() - start, 1),
             **details,
-            "answers": {k: v for k, v in answers.items() if k != "key"},  # the hash holds the problems and their order
+            "problems": _sha256(json.dumps(answers["key"]).encode()),
+            "answers": {k: v for k, v in answers.items() if k != "key"},
         }
         rundir.save_json(self.path, row, indent=None)
 
@@ -84,14 +111,26 @@ class Job:
         return evaluation.as_dict(), answers.as_dict(), {}
 
     def _distill(self, display: Display) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Early-exit decoding of the training prompts, its correct answers as supervised pairs, then plain decoding."""
-        c, t = self.config, self.config.train
-        pairs: list[dict[str, str]] = []
+        """Early-exit decoding of the draws that training would meet, supervised learning on the correct answers, then
+        plain decoding."""
+        c, t = portable(self.config), self.config.train
+        tree = {k: getattr(c, k).model_dump() for k in ("model", "data", "learner", "cluster")}
+        tree |= {"name": c.name, "runs_dir": c.runs_dir, "seed": c.seed}
+        tree["max_tokens"] = c.data.max_prompt_tokens + c.rollout.max_response_tokens
+        supervised = validate(SftConfig, overlay(tree, self.method.sft))
+        with display.phase("prepare", "reading model and data") as phase:
+            rundir.claim(c.run_dir)
+            run.check_rollout(c)
+            train_set, held_out = run.read_problems(c, display)
+            phase.result = f"{len(train_set.items):,} training and {len(held_out.items):,} held-out problems"
+        stream = PromptStream(train_set.items, c.seed)
+        prompts = {draw: stream[draw] for draw in range(t.num_batches * t.prompts_per_batch)}
+        encode = sft.response_encoder(supervised)
+        pairs: list[sft.Pair] = []
         decoding = c.eval.model_copy(
             update={
                 "early_exit": True,
                 "samples": c.rollout.group_size,
-                "num_prompts": t.num_batches * t.prompts_per_batch,
                 "max_response_tokens": c.rollout.max_response_tokens,
                 "temperature": c.rollout.temperature,
                 "top_p": c.rollout.top_p,
@@ -99,19 +138,13 @@ class Job:
         )
 
         def keep(_: str, group: dict[str, Any]) -> None:
-            pairs.extend(
-                {"problem": group["question"], "response": a["text"]} for a in group["trajectories"] if a["correct"]
-            )
+            prompt = prompts[group["draw"]].token_ids
+            pairs.extend((prompt, encode(prompt, a["text"])) for a in group["trajectories"] if a["correct"])
 
-        run.evaluate(c.model_copy(update={"eval": decoding}), display, [c.data.train], keep)
-        path = c.run_dir.with_name(f"{c.run_dir.name}-pairs.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(p) + "\n" for p in pairs), encoding="utf-8")
-        tree = {k: getattr(c, k).model_dump() for k in ("model", "data", "learner", "cluster")}
-        tree["data"] |= {"train": str(path), "eval": None, "question_field": "problem", "suffix": ""}
-        tree |= {"name": c.name, "runs_dir": c.runs_dir, "seed": c.seed}
-        tree["max_tokens"] = c.data.max_prompt_tokens + c.rollout.max_response_tokens
-        sft.train(validate(SftConfig, overlay(tree, self.method.sft)), display)
+        run.answer(c.model_copy(update={"eval": decoding}), display, {"training": list(prompts.values())}, keep)
+        if not pairs:
+            raise TrainError("no decoded answer is correct: there is nothing to learn from")
+        sft.fit(supervised, display, pairs)
         trained = c.model_copy(update={"model": c.model.model_copy(update={"path": str(c.model_dir)})})
         evaluation, answers, _ = self._evaluate(display, trained)
         return evaluation, answers, {"pairs": len(pairs)}
@@ -135,9 +168,32 @@ def compare(path: Path, display: Display, only: Sequence[str] = ()) -> dict[str,
     """Make the rows that are missing, then the table, which is also written as Markdown, CSV and JSON.
 
     A row that fails is told and left for the next call.
+
+    Raises:
+        ConfigError: a fault in the settings, or another call is making rows of this table.
     """
     config, todo = jobs(path, only)
-    every = jobs(path)[1] if only else todo
+    with _alone(todo[0].config.run_dir.parent):
+        return _compare(config, todo, jobs(path)[1] if only else todo, path, display)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """A second call would remove the runs of the first."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"runs_dir: another `stepgrpo compare` is making rows in {directory}; wait for it, or stop it"
+            ) from None
+        yield
+
+
+def _compare(
+    config: CompareConfig, todo: Sequence[Job], every: Sequence[Job], path: Path, display: Display
+) -> dict[str, Any]:
     failed: list[str] = []
     for i, job in enumerate(todo, 1):
         title = f"[{i}/{len(todo)}] {job.name}, seed {job.seed}"
@@ -176,10 +232,16 @@ def write_table(config: CompareConfig, every: Sequence[Job], path: Path) -> dict
 
 
 def table(config: CompareConfig, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of all methods that have rows. Intervals resample seeds, and problems within them."""
+    """The figures of all methods that have rows.
+
+    Raises:
+        ConfigError: rows of different problems, which cannot be compared.
+    """
     by_method: dict[str, dict[int, Answers]] = {}
     for row in rows:
         by_method.setdefault(row["method"], {})[row["seed"]] = Answers(key=[], **row["answers"])
+    if len({row["problems"] for row in rows}) > 1:
+        raise ConfigError(f"results: got rows of different problems in {config.results}; remove the older ones")
     reference = by_method.get(config.reference, {})
     methods = []
     for name, method in config.methods.items():
@@ -189,9 +251,9 @@ def table(config: CompareConfig, rows: Sequence[dict[str, Any]]) -> dict[str, An
         shared = [s for s in answers if s in reference]
         share = None
         if shared:
-            share = _two_level(_matrix(answers, shared, "tokens"), _matrix(reference, shared, "tokens"))
+            share = _estimate(_matrix(answers, shared, "decoded"), _matrix(reference, shared, "decoded"))
         seeds = list(answers)
-        accuracy, tokens, steps = (_two_level(_matrix(answers, seeds, w)) for w in ("correct", "tokens", "steps"))
+        accuracy, tokens, steps = (_estimate(_matrix(answers, seeds, w)) for w in COLUMNS.values())
         methods.append(
             {
                 "method": name,
@@ -200,6 +262,7 @@ def table(config: CompareConfig, rows: Sequence[dict[str, Any]]) -> dict[str, An
                 "seeds": len(seeds),
                 "accuracy": asdict(accuracy),
                 "tokens": asdict(tokens),
+                "probe_tokens": float(_matrix(answers, seeds, "decoded").mean() - tokens.mean),
                 "share": share and asdict(share),
                 "steps": asdict(steps),
                 "published": method.published,
@@ -216,7 +279,8 @@ def markdown(result: dict[str, Any], command: str) -> str:
     lines = [
         f"# {result['name']}",
         "",
-        f"Made by `{command}`. In brackets: 95 % intervals over seeds and problems.",
+        f"Made by `{command}`. In brackets: 95 % intervals over seeds (t) and problems (bootstrap); of a single seed, "
+        "over problems alone. Probes count in the share.",
         "",
     ]
     group = None
@@ -235,7 +299,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
         cells = [
             m["label"],
             _cell(m["accuracy"], 100, 1),
-            _cell(m["tokens"], 1, 1),
+            _cell(m["tokens"], 1, 1) + (f" + {m['probe_tokens']:.1f}" if m["probe_tokens"] else ""),
             _cell(m["share"], 100, 1) if m["share"] else "–",
             _cell(m["steps"], 1, 2),
             str(m["seeds"]),
@@ -268,49 +332,86 @@ def _matrix(answers: dict[int, Answers], seeds: Sequence[int], what: Any) -> NDA
     return np.stack([answers[s].means(what) for s in seeds])
 
 
-def _two_level(values: NDArray[np.float64], over: NDArray[np.float64] | None = None) -> Estimate:
-    """Mean, or ratio of means, of [seeds, problems] and its interval: seeds are resampled, and problems."""
-    rng = np.random.default_rng(0)
+def _estimate(values: NDArray[np.float64], over: NDArray[np.float64] | None = None) -> Estimate:
+    """Mean, or ratio of means, of [seeds, problems] and its interval.
+
+    All seeds answer the same problems, and there are few: problems are resampled, seeds get a t interval (a bootstrap
+    over three of them would cover 65 %, not 95 %), and the two half-widths add up like independent errors.
+    """
     num_seeds, num_problems = values.shape
-
-    def figure(chosen: Any) -> float:
-        return float(values[chosen].mean() / (1 if over is None else over[chosen].mean()))
-
-    draws = [
-        figure(np.ix_(rng.integers(0, num_seeds, num_seeds), rng.integers(0, num_problems, num_problems)))
-        for _ in range(NUM_RESAMPLES)
-    ]
-    return Estimate.of(figure(...), np.array(draws))
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """What decides about a row: everything that is set, but for where it runs and what it is called."""
-    tree = config.model_dump(mode="json", exclude_defaults=True, exclude={"name", "runs_dir", "cluster"})
-    train = tree.get("train", {})
-    for key in ("wandb", "wandb_project", "sample_every"):
-        train.pop(key, None)
-    return tree
+    below = np.ones_like(values) if over is None else over
+    by_seed = values.mean(1) / below.mean(1)
+    sums, sums_below = values.sum(0), below.sum(0)
+    chosen = np.random.default_rng(0).integers(0, num_problems, (NUM_RESAMPLES, num_problems))
+    e = Estimate.of(sums.mean() / sums_below.mean(), sums[chosen].mean(1) / sums_below[chosen].mean(1))
+    if num_seeds == 1:
+        return e
+    of_seeds = stats.t.ppf(0.975, num_seeds - 1) * by_seed.std(ddof=1) / np.sqrt(num_seeds)
+    low = float(e.mean - np.hypot(e.mean - e.low, of_seeds))
+    high = float(e.mean + np.hypot(e.high - e.mean, of_seeds))
+    if over is not None:
+        return Estimate(e.mean, low, high)
+    # A share of right answers is at most 1, whatever three seeds make of its spread.
+    return Estimate(e.mean, max(low, float(values.min())), min(high, float(values.max())))
 
 
-def _hash(config: Config, method: MethodConfig) -> str:
-    """Of the settings, and of the local files they name: a row of another starting model is another row."""
-    digest = hashlib.sha256(
-        json.dumps([_settings(config), method.kind, method.sft], sort_keys=True, default=str).encode()
-    )
-    files = [
-        Path(config.data.train),
-        Path(config.data.eval or ""),
-        *sorted(Path(config.model.path).glob("*.safetensors")),
-    ]
-    for file in files:
-        if file.is_file():
-            stat = file.stat()
-            digest.update(_file_digest(file, stat.st_mtime_ns, stat.st_size))
-    return digest.hexdigest()[:16]
+_WHERE_IT_RUNS = {
+    "name",
+    "runs_dir",
+    "cluster",
+    "rollout.workers",
+    "train.wandb",
+    "train.wandb_project",
+    "train.sample_every",
+}
+_MISSING = object()
+
+
+def _settings(config: Config, method: MethodConfig) -> dict[str, Any]:
+    """Everything that decides about a row."""
+    tree = config.model_dump(mode="json") | {"kind": method.kind, "sft": method.sft}
+    return {k: v for k, v in _flat(tree).items() if not any(f"{k}.".startswith(f"{w}.") for w in _WHERE_IT_RUNS)}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    empty = validate(Config, {"name": "defaults", "model": {"path": ""}, "data": {"train": ""}})
+    return _flat(empty.model_dump(mode="json"))
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """With dotted keys; a mapping without entries stays one."""
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        out |= _flat(v, f"{above}{k}.") if isinstance(v, dict) and v else {f"{above}{k}": v}
+    return out
+
+
+def _digests(config: Config) -> dict[str, str]:
+    """Of the local files that the settings name: a row of another starting model is another row."""
+    files: dict[str, Path] = {}
+    for field in ("train", "eval"):
+        place = Path(resolve(getattr(config.data, field), config.data).place)
+        files[f"data.{field}"] = place
+    files |= {f"model.path/{f.name}": f for f in sorted(Path(config.model.path).glob("*"))}
+    own = {
+        "reward.scheme": config.reward.scheme,
+        "reward.grader": config.reward.grader,
+        "rollout.step_rule": config.rollout.step_rule,
+        "rollout.probe.policy": config.rollout.probe.policy if config.rollout.probe else "",
+    }
+    for field, name in own.items():
+        if is_own(name):
+            files[field] = own_file(name, field)
+    return {k: _file_digest(f, f.stat().st_mtime_ns, f.stat().st_size) for k, f in files.items() if f.is_file()}
 
 
 @lru_cache
-def _file_digest(file: Path, changed_ns: int, size: int) -> bytes:
+def _file_digest(file: Path, changed_ns: int, size: int) -> str:
     """Read once for all rows: a checkpoint may be large. ``changed_ns`` and ``size`` tell a changed file apart."""
     with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

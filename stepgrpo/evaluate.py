@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,14 @@ from stepgrpo.metrics import ExitCounts
 from stepgrpo.types import Exit, GradedGroup, Prompt, TrajectoryFacts
 
 NUM_RESAMPLES = 2000
-COLUMNS: dict[str, Literal["correct", "tokens", "steps"]] = {
+What = Literal["correct", "tokens", "steps", "probe_tokens", "decoded"]
+"""A field of ``Answers``, or ``decoded``: the response's tokens and those of its probes, which is what it costs."""
+COLUMNS: dict[str, What] = {
     "accuracy": "correct",
     "tokens": "tokens",
     "steps": "steps",
 }
-"""Name of a figure -> field of ``Answers``."""
+"""Name of a figure -> what it is the mean of."""
 CHUNK = 25
 """Problems of one call to a worker: few enough for a progress bar that moves."""
 
@@ -85,18 +87,25 @@ class Answers:
     correct: list[list[int]]
     tokens: list[list[int]]
     steps: list[list[int]]
+    probe_tokens: list[list[int]] = field(default_factory=list)
+    """Empty: nothing was probed."""
 
     @classmethod
     def of(cls, groups: Sequence[GradedGroup]) -> Answers:
+        probed = any(f.probe_tokens for g in groups for f in g.facts)
         return cls(
             key=[g.key for g in groups],
             correct=[[int(f.correct) for f in g.facts] for g in groups],
             tokens=[[f.num_tokens for f in g.facts] for g in groups],
             steps=[[f.num_steps for f in g.facts] for g in groups],
+            probe_tokens=[[f.probe_tokens for f in g.facts] for g in groups] if probed else [],
         )
 
-    def means(self, what: Literal["correct", "tokens", "steps"]) -> NDArray[np.float64]:
+    def means(self, what: What) -> NDArray[np.float64]:
         """[problems]"""
+        if what == "decoded":
+            tokens = self.means("tokens")
+            return tokens + self.means("probe_tokens") if self.probe_tokens else tokens
         return np.array([np.mean(values) for values in getattr(self, what)], float)
 
     def as_dict(self) -> dict[str, Any]:
@@ -166,14 +175,15 @@ def shown(result: Evaluation) -> str:
 
 
 def compression(before: Answers, after: Answers) -> Estimate:
-    """Tokens after over tokens before, paired by problem: the interval resamples problems, not responses.
+    """Decoded tokens after over those before, probes included, paired by problem: the interval resamples problems, not
+    responses.
 
     Raises:
         ValueError: the two are not of the same problems.
     """
     if before.key != after.key:
         raise ValueError("compression compares evaluations of the same problems; these differ")
-    a, b = after.means("tokens"), before.means("tokens")
+    a, b = after.means("decoded"), before.means("decoded")
     resample = _resamples(len(a))
     return Estimate.of(a.mean() / b.mean(), a[resample].mean(1) / b[resample].mean(1))
 
@@ -182,19 +192,13 @@ def record(results: dict[str, tuple[Evaluation, Answers]], before: dict[str, Ans
     """Everything that is kept of an evaluation of several benchmarks.
 
     Args:
-        before: answers of another evaluation by benchmark; {}: nothing to compare with.
-
-    Raises:
-        ConfigError: ``before`` lacks a benchmark or has other problems in it.
+        before: answers of another evaluation to the same problems, by benchmark; {}: nothing to compare with.
     """
     benchmarks: dict[str, Any] = {}
     for name, (result, answers) in results.items():
         benchmarks[name] = {**result.as_dict(), "answers": answers.as_dict()}
         if before:
-            try:
-                benchmarks[name]["share"] = asdict(compression(before[name], answers))
-            except (KeyError, ValueError):
-                raise ConfigError(f"--reference: has no answers to the same problems of {name}") from None
+            benchmarks[name]["share"] = asdict(compression(before[name], answers))
     mean = {k: asdict(macro([a for _, a in results.values()], w)) for k, w in COLUMNS.items()}
     if before:
         mean["share"] = asdict(macro_ratio([before[name] for name in results], [a for _, a in results.values()]))
@@ -213,20 +217,18 @@ def read_answers(path: Path) -> dict[str, Answers]:
         raise ConfigError(f"--reference: {path}: takes the --output of `stepgrpo eval` ({brief(e)})") from None
 
 
-def macro(answers: Sequence[Answers], what: Literal["correct", "tokens", "steps"]) -> Estimate:
+def macro(answers: Sequence[Answers], what: What) -> Estimate:
     """Mean over benchmarks of their means, each weighing the same; the interval resamples problems within each."""
     return Estimate.of(*_macro(answers, what))
 
 
 def macro_ratio(before: Sequence[Answers], after: Sequence[Answers]) -> Estimate:
-    """Mean tokens over benchmarks after over before, paired by problem."""
-    (a, resampled_a), (b, resampled_b) = _macro(after, "tokens"), _macro(before, "tokens")
+    """Mean decoded tokens over benchmarks after over before, paired by problem."""
+    (a, resampled_a), (b, resampled_b) = _macro(after, "decoded"), _macro(before, "decoded")
     return Estimate.of(a / b, resampled_a / resampled_b)
 
 
-def _macro(
-    answers: Sequence[Answers], what: Literal["correct", "tokens", "steps"]
-) -> tuple[float, NDArray[np.float64]]:
+def _macro(answers: Sequence[Answers], what: What) -> tuple[float, NDArray[np.float64]]:
     """Mean over benchmarks, and [NUM_RESAMPLES] of its resamples."""
     means = [a.means(what) for a in answers]
     resampled = [m[_resamples(len(m), seed=i)].mean(1) for i, m in enumerate(means)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from stepgrpo.config import ConfigError, brief
@@ -32,6 +33,16 @@ def load_own(name: str, field: str) -> Any:
     if not callable(found):
         raise ConfigError(f"{field}: got {name}, which is a {type(found).__name__}; takes a function or a class")
     return found
+
+
+def own_file(name: str, field: str) -> Path:
+    """The file that holds ``name``, or the first that is imported for it.
+
+    Raises:
+        ConfigError: as ``load_own``.
+    """
+    load_own(name, field)
+    return Path(sys.modules[name.partition(":")[0]].__file__ or "")
 
 
 def make_own(name: str, field: str, *args: object) -> Any:

@@ -38,11 +38,17 @@ def train(config: SftConfig, display: Display) -> dict[str, Any]:
             config.data,
             load_tokenizer(config.model.path),
             config.response_field,
-            encode_response=_response_encoder(config),
+            encode_response=response_encoder(config),
         )
         note_skipped(display, data)
         pairs = [(p.token_ids, p.response_ids) for p in data.items if p.response_ids is not None]
         phase.result = f"{len(pairs):,} pairs"
+    return fit(config, display, pairs)
+
+
+def fit(config: SftConfig, display: Display, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Fine-tune on pairs that are tokens already, in a run directory that is claimed; ``config`` has been through
+    ``portable``."""
     with launch.session(config.cluster, learner_bundles(config)):
         rundir.save_json(config.run_dir / "config.json", config.model_dump())
         with rundir.recorded(config.run_dir, display.seconds) as summary:
@@ -50,7 +56,8 @@ def train(config: SftConfig, display: Display) -> dict[str, Any]:
     return summary
 
 
-def _response_encoder(config: SftConfig) -> ResponseEncoder:
+def response_encoder(config: SftConfig) -> ResponseEncoder:
+    """From text to the ids to learn, ended and checked for their number."""
     directory = checkpoint_files(config.model.path)
     codec, eos = Codec.from_dir(directory), eos_ids(directory)[0]
 

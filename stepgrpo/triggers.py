@@ -7,6 +7,7 @@ the average opening of a sentence in the same texts, and "The" and "So" come out
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
@@ -87,7 +88,7 @@ class Survey:
         """Lines for a person, with the one for the config last."""
         structure = f"by structure (paragraphs and connectives) a response has {self.structure_steps:.1f} steps"
         if self.triggers:
-            return [f"For comparison, {structure}.", f"rollout.triggers: [{', '.join(self.triggers)}]"]
+            return [f"For comparison, {structure}.", f"rollout.triggers: {json.dumps(self.triggers)}"]
         nearest = f" (nearest: {self.candidates[0].phrase})" if self.candidates else ""
         if self.structure_steps < MIN_STRUCTURE_STEPS:
             return [f"No word stands out{nearest}, and {structure}: this model may need a step rule of your own."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from stepgrpo.cli import app
-from stepgrpo.compare import compare, jobs, markdown, table
+from stepgrpo.compare import Job, compare, jobs, markdown, table
 from stepgrpo.config import CompareConfig, ConfigError, load, validate
 from stepgrpo.console import Display
 
@@ -51,8 +52,10 @@ def write(directory: Path, methods: dict[str, Any], run: dict[str, Any] | None =
     return path
 
 
-def hashes(path: Path) -> dict[str, str]:
-    return {job.name: job.hash for job in jobs(path)[1]}
+def changes(path: Path, job: Job) -> list[str]:
+    """What the row of ``path``'s only job lacks to be that of ``job``, made before."""
+    (now,) = jobs(path)[1]
+    return now.changes({"settings": job.settings, "files": job.files})
 
 
 def answers(correct: list[int], tokens: list[int]) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def answers(correct: list[int], tokens: list[int]) -> dict[str, Any]:
 
 
 def row(method: str, seed: int, correct: list[int], tokens: list[int]) -> dict[str, Any]:
-    return {"method": method, "seed": seed, "answers": answers(correct, tokens)}
+    return {"method": method, "seed": seed, "problems": "p", "answers": answers(correct, tokens)}
 
 
 CONFIG = validate(
@@ -84,7 +87,7 @@ def test_the_papers_table_is_whole_and_every_row_has_settings_of_its_own(
     assert list(config.methods)[: len(PUBLISHED + ABLATIONS)] == PUBLISHED + ABLATIONS
     for method in PUBLISHED + ABLATIONS:
         assert [job.seed for job in todo if job.name == method] == [0, 1, 2]
-    assert len({job.hash for job in todo}) == len(todo)
+    assert len({json.dumps(job.settings) for job in todo}) == len(todo)
     assert {job.config.learner for job in todo} == {todo[0].config.learner}, "not on equal footing"
     assert {job.config.train for job in todo} == {todo[0].config.train}
 
@@ -117,20 +120,65 @@ def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
         jobs(write(tmp_path, {"vanilla": {}}), ["b"])
 
 
-def test_the_hash_follows_what_decides_about_a_row_and_nothing_else(tmp_path: Path) -> None:
+def test_a_row_is_made_again_when_something_changed_that_decides_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     methods = {"vanilla": {"kind": "eval"}}
-    model = tmp_path / "model"
-    model.mkdir()
-    weights = model / "model.safetensors"
-    weights.write_bytes(b"1")
-    run = {"model": {"path": str(model)}}
-    before = hashes(write(tmp_path, methods, run))
-    assert hashes(write(tmp_path, methods, run | {"cluster": {"device": "cpu", "object_store_mb": 99}})) == before
-    assert hashes(write(tmp_path, methods, run | {"runs_dir": "elsewhere"})) == before
-    assert hashes(write(tmp_path, methods, run | {"learner": {"lr": 0.1}})) != before
-    assert hashes(write(tmp_path, {"vanilla": {"kind": "train"}}, run)) != before
-    weights.write_bytes(b"2")
-    assert hashes(write(tmp_path, methods, run)) != before
+    for file in ("model/model.safetensors", "model/chat_template.jinja", "heldout.jsonl", "changing_reward.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("def reward(groups, config): ...")
+    data = {"train": str(MINIATURE / "data" / "train.jsonl"), "eval": "miniature=heldout.jsonl"}
+    run = {"model": {"path": "model"}, "data": data, "reward": {"scheme": "changing_reward:reward"}}
+    (made,) = jobs(write(tmp_path, methods, run))[1]
+    assert changes(write(tmp_path, methods, run | {"cluster": {"device": "cpu", "object_store_mb": 99}}), made) == []
+    assert changes(write(tmp_path, methods, run | {"runs_dir": "elsewhere"}), made) == []
+    assert changes(write(tmp_path, methods, run | {"learner": {"warmup_updates": 7}}), made) == [
+        "learner.warmup_updates"
+    ]
+    assert changes(write(tmp_path, {"vanilla": {"kind": "train"}}, run), made) == ["kind"]
+    for field, file in (
+        ("model.path/model.safetensors", "model/model.safetensors"),
+        ("model.path/chat_template.jinja", "model/chat_template.jinja"),
+        ("data.eval", "heldout.jsonl"),
+        ("reward.scheme", "changing_reward.py"),
+    ):
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text + "  # changed")
+        assert changes(write(tmp_path, methods, run), made) == [field]
+        (tmp_path / file).write_text(text)
+
+
+def test_a_setting_that_is_younger_than_a_row_was_at_its_default(tmp_path: Path) -> None:
+    methods = {"vanilla": {"kind": "eval"}}
+    (made,) = jobs(write(tmp_path, methods))[1]
+    del made.settings["reward.length_alpha"]
+    assert changes(write(tmp_path, methods), made) == []
+    assert changes(write(tmp_path, methods, {"reward": {"length_alpha": 0.1}}), made) == ["reward.length_alpha"]
+
+
+def test_a_second_call_at_the_same_time_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"vanilla": {"kind": "eval"}})
+    directory = tmp_path / "runs" / "compare" / "small"
+    directory.mkdir(parents=True)
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = CliRunner().invoke(app, ["compare", str(path)])
+    assert result.exit_code == 2 and "another `stepgrpo compare` is making rows" in result.output
+
+
+def test_rows_of_different_problems_are_not_averaged() -> None:
+    rows = [row("vanilla", 0, [1], [10]), {**row("vanilla", 1, [1], [10]), "problems": "q"}]
+    with pytest.raises(ConfigError, match="rows of different problems"):
+        table(CONFIG, rows)
+
+
+def test_probes_count_in_the_share() -> None:
+    short = row("short", 0, [1, 1], [10, 30])
+    short["answers"]["probe_tokens"] = [[10], [20]]
+    result = table(CONFIG, [row("vanilla", 0, [1, 1], [100, 100]), short])
+    assert result["methods"][1]["share"]["mean"] == pytest.approx(0.35)
+    assert "| 20.0 [10.0, 30.0] + 15.0 | 35.0" in markdown(result, "command")
 
 
 def test_the_table_averages_seeds_and_takes_the_share_of_the_same_seeds() -> None:
@@ -152,7 +200,8 @@ def test_the_interval_covers_the_spread_of_seeds_as_well_as_of_problems() -> Non
     rows = [row("short", s, rng.binomial(1, p, 2000).tolist(), [1] * 2000) for s, p in enumerate(accuracies)]
     (several,) = table(CONFIG, rows)["methods"]
     (one,) = table(CONFIG, rows[1:2])["methods"]
-    assert several["accuracy"]["low"] < 0.56 and several["accuracy"]["high"] > 0.84
+    # Three seeds of standard deviation 0.2: 4.30 * 0.2 / sqrt(3) to either side, and no more than everything is right.
+    assert several["accuracy"]["low"] == pytest.approx(0.7 - 0.5, abs=0.03) and several["accuracy"]["high"] == 1
     assert 0.03 < one["accuracy"]["high"] - one["accuracy"]["low"] < 0.05
 
 

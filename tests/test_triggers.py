@@ -111,7 +111,7 @@ def test_where_no_word_stands_out_the_structure_is_advised_with_its_number_of_st
 
 def test_words_that_stand_out_are_advised_as_a_line_for_the_config() -> None:
     found = survey(described(*traces("Hmm")), "</think>")
-    assert found.advice[-1] == "rollout.triggers: [Hmm]"
+    assert found.advice[-1] == 'rollout.triggers: ["Hmm"]'
     assert found.structure_steps == 1
 
 
