@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 
 class _Fate(Enum):
@@ -92,6 +93,17 @@ class Ledger:
             del self._fates[draw]
         self.batch += 1
         return ClosedBatch(self.batch - 1, tuple(kept), tuple(filtered))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON takes it."""
+        fates = [[draw, fate.name] for draw, fate in self._fates.items()]
+        return {"batch": self.batch, "next_draw": self._next_draw, "fates": fates}
+
+    def restore(self, state: dict[str, Any]) -> list[int]:
+        """Go on from ``state``; returns the open draws, which have to be sampled again."""
+        self.batch, self._next_draw = state["batch"], state["next_draw"]
+        self._fates = {draw: _Fate[name] for draw, name in state["fates"]}
+        return [draw for draw, fate in self._fates.items() if fate is _Fate.OPEN]
 
     @property
     def in_flight(self) -> int:

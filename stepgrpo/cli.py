@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from stepgrpo.config import Config
     from stepgrpo.console import Display
     from stepgrpo.triggers import Survey
 
@@ -43,8 +46,17 @@ def train(
         bool, typer.Option("--dry-run", help="Explain placement, memory and batches; start nothing.")
     ] = False,
     gpu_memory: Annotated[float, typer.Option(help="GB of one GPU, for --dry-run.")] = 80.0,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[auto|NAME]",
+            help="Go on with a run that was cut off: from its last good checkpoint, that of a name, or with `auto` "
+            "from the beginning where there is none yet.",
+        ),
+    ] = None,
 ) -> None:
-    """Train a model with Step-GRPO."""
+    """Train a model with Step-GRPO. A crash restarts it from its last checkpoint (train.max_restarts)."""
+    from stepgrpo import launch
     from stepgrpo.config import Config, load
 
     def job(display: Display) -> None:
@@ -57,12 +69,29 @@ def train(
             if plan.faults:
                 raise SystemExit(1)
             return
+        if settings.train.max_restarts and launch.SCRATCH not in os.environ:
+            _supervise(settings, display)
         from stepgrpo import run
 
-        summary = run.train(settings, display)
+        summary = run.train(settings, display, resume)
         _print_summary(display, summary, settings.run_dir)
 
     _guard(job)
+
+
+def _supervise(settings: Config, display: Display) -> NoReturn:
+    """Run this very command as a child process, which trains, and again where that crashes."""
+    from stepgrpo import checkpoint, supervise
+
+    def reached() -> object:
+        try:
+            return checkpoint.names(settings.checkpoint_place)
+        except Exception:  # a store that does not answer now
+            return None
+
+    command = [sys.executable, "-m", "stepgrpo", *sys.argv[1:]]
+    limit = settings.train.max_restarts
+    raise SystemExit(supervise.run(command, max_restarts=limit, display=display, progress=reached))
 
 
 @app.command()
@@ -114,14 +143,14 @@ def evaluate(
         if not sources:
             raise ConfigError("--benchmark: got none and data.eval is null; takes a benchmark's name or a file")
         before = evaluate.read_answers(reference) if reference else {}
-        if dump:
-            rundir.writable(dump)
+        for file in filter(None, (dump, output)):
+            rundir.writable(file)
 
         def keep(name: str, group: dict[str, Any]) -> None:
             assert dump is not None
             rundir.append_json(dump, {"benchmark": name, **group})
 
-        results = run.evaluate(loaded, display, sources, keep if dump else None)
+        results = run.evaluate(loaded, display, sources, keep if dump else None, before)
         record = {"model": model, **evaluate.record(results, before)}
         display.console.print(_benchmarks(record))
         _note_failures(display, sum(result.grader_failures for result, _ in results.values()))
@@ -247,8 +276,116 @@ def triggers(
     _guard(job)
 
 
+checkpoints = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, check or export checkpoints.")
+app.add_typer(checkpoints, name="checkpoint")
+
+Place = Annotated[str, typer.Argument(metavar="PLACE", help="Directory or URL that holds checkpoints.")]
+
+
+@checkpoints.command()
+def inspect(place: Place) -> None:
+    """List all checkpoints. Looks at sizes only; `verify` reads everything."""
+
+    def job(display: Display) -> None:
+        from stepgrpo import checkpoint
+
+        rows, faults = {}, []
+        for name in sorted([*checkpoint.names(place), *checkpoint.half_written(place)]):
+            cells, state = [""] * 4, "good"
+            try:
+                manifest = checkpoint.read(place, name)
+                meta, accuracy = manifest.meta, manifest.meta.get("accuracy")
+                cells = [
+                    _bytes(manifest.size),
+                    f"{manifest.created:%y-%m-%d %H:%M}",
+                    " / ".join(str(meta.get(key, "-")) for key in ("restart", "batch", "update")),
+                    "" if accuracy is None else f"{accuracy:.1%}"[:-1],
+                ]
+                checkpoint.verify(place, name, checksums=False)
+            except checkpoint.CheckpointError as e:
+                state = "bad"
+                faults.append(str(e))
+            rows[name] = [*cells, state]
+        if not rows:
+            raise checkpoint.CheckpointError(f"{place}: holds no checkpoint")
+        columns = ["size", "written, UTC", "restart /\nbatch / update", "accuracy,\n%", "state"]
+        display.console.print(_grid(columns, rows))
+        for fault in faults:
+            display.warn(fault)
+
+    _guard(job)
+
+
+@checkpoints.command()
+def verify(
+    place: Place, name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="None: all of them.")] = None
+) -> None:
+    """Read one or all checkpoints whole and compare checksums; status 1 on a fault."""
+
+    def job(display: Display) -> None:
+        from stepgrpo import checkpoint
+
+        committed = [name] if name else checkpoint.names(place)
+        if not committed:
+            raise checkpoint.CheckpointError(f"{place}: holds no checkpoint")
+        damaged = False
+        for each in committed:
+            try:
+                manifest = checkpoint.verify(place, each)
+                display.print(f"{each}: good ({len(manifest.files)} files, {_bytes(manifest.size)})")
+            except checkpoint.CheckpointError as e:
+                damaged = True
+                display.warn(str(e))
+        for each in [] if name else checkpoint.half_written(place):
+            display.print(f"{each}: half written, no checkpoint; the run removes it")
+        if damaged:
+            raise SystemExit(1)
+
+    _guard(job)
+
+
+@checkpoints.command()
+def export(
+    place: Place,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="None: the newest good one.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not hold anything.")] = Path(
+        "exported"
+    ),
+    model: Annotated[
+        str | None, typer.Option(help="Take configuration and tokenizer from here, not from the run's model.path.")
+    ] = None,
+) -> None:
+    """Write a checkpoint's policy as a Hugging Face directory."""
+
+    def job(display: Display) -> None:
+        from stepgrpo import checkpoint
+        from stepgrpo.export import export
+
+        if name:
+            manifest = checkpoint.verify(place, name)
+        else:
+            manifest, refusals = checkpoint.newest(place)
+            for refusal in refusals:
+                display.warn(refusal)
+        export(place, manifest, output, model)
+        display.print(f"The model of {manifest.name}: {output}")
+
+    _guard(job)
+
+
 def main() -> None:
-    app()
+    # An option's value cannot be left out otherwise.
+    app(_with_value(sys.argv[1:], "--resume", "last"))
+
+
+def _with_value(arguments: list[str], option: str, value: str) -> list[str]:
+    """Command line in which ``option`` has a value where it stands alone: at the end, before another option, or before
+    a setting."""
+    out = []
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        alone = argument == option and (following.startswith("-") or "=" in following)
+        out.append(f"{option}={value}" if alone else argument)
+    return out
 
 
 def _guard(job: Callable[[Display], None]) -> None:
@@ -264,13 +401,21 @@ def _guard(job: Callable[[Display], None]) -> None:
     except ConfigError as e:
         _stop(display, str(e), 2)
     except Exception as e:
+        from ray.exceptions import RayError, RayTaskError
+
+        from stepgrpo.checkpoint import CheckpointError
         from stepgrpo.data import DataError
-        from stepgrpo.train import TrainError, one_line, root_cause
+        from stepgrpo.pool import TrainError, one_line, root_cause
+        from stepgrpo.supervise import RECOVERABLE
+        from stepgrpo.watchdog import Stuck
 
         first = root_cause(e)
         if isinstance(first, ConfigError | DataError):
             _stop(display, str(first), 2)
-        if isinstance(first, TrainError | TimeoutError):
+        if isinstance(first, RayError | Stuck) and not isinstance(first, RayTaskError):
+            # Not what was asked for failed, but what it ran on: the supervisor starts it again.
+            _stop(display, "\n".join([one_line(e), *_notes(first), *_notes(e)]), RECOVERABLE)
+        if isinstance(first, TrainError | TimeoutError | CheckpointError):
             _stop(display, "\n".join([str(first), *_notes(e)]), 1)
         if first is not e:  # raised in an actor: the traceback lies in the run directory, and does not fit a screen
             _stop(display, "\n".join([one_line(e), *_notes(e)]), 1)
@@ -366,7 +511,7 @@ def _grid(columns: Iterable[str], rows: dict[str, list[str]]) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", min_width=8)
+    table.add_column("", min_width=8, overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for name, cells in rows.items():
@@ -382,6 +527,13 @@ def _show(e: dict[str, float], digits: int, factor: float = 1.0) -> str:
 def _stacked(e: dict[str, float], digits: int, factor: float = 1.0) -> str:
     """The interval below: several columns would not fit a terminal's width."""
     return _show(e, digits, factor).replace("  ", "\n")
+
+
+def _bytes(size: int) -> str:
+    """As a person reads it, in powers of 1000."""
+    from rich.filesize import decimal
+
+    return decimal(size)
 
 
 def _note_failures(display: Display, failures: int) -> None:

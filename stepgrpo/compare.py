@@ -7,14 +7,12 @@ missing, or was made with other settings.
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache, lru_cache
 from pathlib import Path
@@ -32,6 +30,7 @@ from stepgrpo.config import (
     ConfigError,
     MethodConfig,
     SftConfig,
+    flat,
     is_own,
     load,
     overlay,
@@ -43,7 +42,7 @@ from stepgrpo.data import PromptStream
 from stepgrpo.evaluate import COLUMNS, NUM_RESAMPLES, Answers, Estimate
 from stepgrpo.hub import portable
 from stepgrpo.plugin import own_file
-from stepgrpo.train import TrainError, one_line
+from stepgrpo.pool import TrainError, one_line
 
 
 class Job:
@@ -72,8 +71,8 @@ class Job:
 
     def changes(self, row: dict[str, Any]) -> list[str]:
         """Settings and files that were others when ``row`` was made; a setting it does not know was at its default."""
-        made = _defaults() | _flat(row["settings"])
-        settings = [k for k, v in _flat(self.settings).items() if made.get(k, _MISSING) != v]
+        made = _defaults() | flat(row["settings"])
+        settings = [k for k, v in flat(self.settings).items() if made.get(k, _MISSING) != v]
         return settings + [k for k, v in self.files.items() if row["files"].get(k) != v]
 
     def make(self, display: Display) -> None:
@@ -173,22 +172,9 @@ def compare(path: Path, display: Display, only: Sequence[str] = ()) -> dict[str,
         ConfigError: a fault in the settings, or another call is making rows of this table.
     """
     config, todo = jobs(path, only)
-    with _alone(todo[0].config.run_dir.parent):
+    # A second call would remove the runs of the first.
+    with rundir.alone(todo[0].config.run_dir.parent, "`stepgrpo compare`"):
         return _compare(config, todo, jobs(path)[1] if only else todo, path, display)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """A second call would remove the runs of the first."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"runs_dir: another `stepgrpo compare` is making rows in {directory}; wait for it, or stop it"
-            ) from None
-        yield
 
 
 def _compare(
@@ -359,10 +345,15 @@ _WHERE_IT_RUNS = {
     "name",
     "runs_dir",
     "cluster",
+    "checkpoint",
     "rollout.workers",
+    "rollout.health_seconds",
     "train.wandb",
     "train.wandb_project",
     "train.sample_every",
+    "train.max_restarts",
+    "train.wait_warning",
+    "train.wait_limit",
 }
 _MISSING = object()
 
@@ -370,21 +361,13 @@ _MISSING = object()
 def _settings(config: Config, method: MethodConfig) -> dict[str, Any]:
     """Everything that decides about a row."""
     tree = config.model_dump(mode="json") | {"kind": method.kind, "sft": method.sft}
-    return {k: v for k, v in _flat(tree).items() if not any(f"{k}.".startswith(f"{w}.") for w in _WHERE_IT_RUNS)}
+    return {k: v for k, v in flat(tree).items() if not any(f"{k}.".startswith(f"{w}.") for w in _WHERE_IT_RUNS)}
 
 
 @cache
 def _defaults() -> dict[str, Any]:
     empty = validate(Config, {"name": "defaults", "model": {"path": ""}, "data": {"train": ""}})
-    return _flat(empty.model_dump(mode="json"))
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """With dotted keys; a mapping without entries stays one."""
-    out: dict[str, Any] = {}
-    for k, v in tree.items():
-        out |= _flat(v, f"{above}{k}.") if isinstance(v, dict) and v else {f"{above}{k}": v}
-    return out
+    return flat(empty.model_dump(mode="json"))
 
 
 def _digests(config: Config) -> dict[str, str]:

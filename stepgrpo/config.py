@@ -131,11 +131,37 @@ class ProbeConfig(Section):
     """Whether only a tentative answer that ended in one of `stop` may pass."""
 
 
+class WorkersConfig(Section):
+    """How many rollout workers there are; a number alone means exactly so many."""
+
+    min: PositiveInt = 1
+    """Fewest: the run starts when they are up, and waits for replacements where one of them is lost."""
+    max: PositiveInt = 1
+    """Most: as many as the cluster has room for, also on nodes that come later."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exactly(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int | str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"rollout.workers.max: got {self.max}, takes rollout.workers.min ({self.min}) or more")
+        return self
+
+    def __str__(self) -> str:
+        return str(self.min) if self.min == self.max else f"{self.min} to {self.max}"
+
+
 class RolloutConfig(Section):
     """How training trajectories are sampled."""
 
-    num_workers: PositiveInt = 1
+    workers: WorkersConfig = WorkersConfig()
     """vLLM engines."""
+    health_seconds: PositiveFloat = 30.0
+    """Seconds without an answer after which an engine counts as hung and is replaced; an engine that loads weights
+    does not answer."""
     group_size: Annotated[int, Field(ge=2)] = 5
     """Trajectories per prompt (G)."""
     max_response_tokens: PositiveInt = 16384
@@ -236,6 +262,8 @@ class LearnerConfig(Section):
     """Course of the learning rate after warm-up; linear and cosine end at 0."""
     grad_clip: PositiveFloat = 1.0
     """Limit of the gradient norm."""
+    max_skips: PositiveInt = 3
+    """Consecutive updates skipped, for a loss or gradient that is not finite, at which the run stops."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """The ratio current/old is clipped below at 1 - clip_low."""
     clip_high: PositiveFloat = 0.3
@@ -248,7 +276,7 @@ class LearnerConfig(Section):
     """Cap of the importance weight old/behaviour that corrects staleness and engine numerics; null: no correction."""
     train_exit_tokens: bool = True
     """Train on the forced closing of a confident exit: it is what teaches the policy to stop."""
-    micro_batch_tokens: PositiveInt = 16384
+    micro_batch_tokens: PositiveInt = 18432
     """Most tokens (padding included) of one forward pass."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at the same time."""
@@ -276,13 +304,32 @@ class TrainConfig(Section):
     refill_limit: NonNegativeInt | None = None
     """Most replacements in a batch; null: one batch. Beyond it the batch trains smaller."""
     max_failures: PositiveInt = 3
-    """Consecutive failed rollouts after which the run stops."""
+    """Failures in a row, of rollouts and of rollout workers, after which the run stops. A finished group ends it."""
+    max_restarts: NonNegativeInt = 3
+    """Restarts from the last checkpoint without reaching a new one, after which the run gives up. 0: none at all."""
+    wait_warning: PositiveFloat = 300.0
+    """Seconds without progress after which the run says what it waits for, and again whenever they have doubled."""
+    wait_limit: PositiveFloat = 3600.0
+    """Seconds without progress after which it writes every process's stack and is restarted."""
     sample_every: NonNegativeInt = 5
     """Batches between two groups that are kept with their texts (`samples.jsonl`, for `stepgrpo report`); 0: none."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases."""
     wandb_project: str = "stepgrpo"
     """Its project."""
+
+
+class CheckpointConfig(Section):
+    """What a run that was cut off goes on from, with `--resume`."""
+
+    every: NonNegativeInt = 10
+    """Batches between two checkpoints; the last batch has one too. 0: none, and a crash costs the whole run."""
+    place: str | None = None
+    """Directory that all nodes see, or URL (`s3://…`, `gs://…`); null: `checkpoints` in the run directory."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_best: NonNegativeInt = 1
+    """Checkpoints kept besides, with the best held-out accuracy; needs evaluations at the same batches."""
 
 
 class EvalConfig(Section):
@@ -361,7 +408,13 @@ class Config(RunConfig):
     engine: EngineConfig = EngineConfig()
     reward: RewardConfig = RewardConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def checkpoint_place(self) -> str:
+        """Absolute, because actors have another working directory."""
+        return self.checkpoint.place or str(self.run_dir.absolute() / "checkpoints")
 
     @property
     def updates_per_batch(self) -> int:
@@ -393,6 +446,11 @@ class Config(RunConfig):
             )
         if t.refill_limit is not None and not t.refill:
             raise ValueError(f"train.refill_limit: got {t.refill_limit}, takes null unless train.refill is true")
+        if t.refill and self.reward.scheme == "easy_length_penalty":
+            raise ValueError(
+                "train.refill: got true, takes false where reward.scheme is easy_length_penalty: whether a group has "
+                "signal depends on the batch it falls into"
+            )
         if self.eval.every and self.data.eval is None:
             raise ValueError(
                 f"eval.every: got {self.eval.every}, takes 0 where data.eval is null: nothing to evaluate on"
@@ -598,6 +656,14 @@ def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     out = dict(below)
     for k, v in above.items():
         out[k] = overlay(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
+    return out
+
+
+def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """With dotted keys; a mapping without entries stays one."""
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        out |= flat(v, f"{above}{k}.") if isinstance(v, dict) and v else {f"{above}{k}": v}
     return out
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from stepgrpo import launch
 from stepgrpo.config import Config, RunConfig, SftConfig
 from stepgrpo.console import Display
 from stepgrpo.launch import Bundle, together
+from stepgrpo.pool import Pool
 
 # An interrupted run is over within ten seconds: this, the closing and Ray's own end.
 SAVE_SECONDS_WHEN_INTERRUPTED = 4.0
@@ -21,8 +23,9 @@ CLOSE_SECONDS = 2.0
 
 
 def rollout_bundles(config: Config) -> list[Bundle]:
+    """Of the fewest workers that will do."""
     gpus = config.engine.tensor_parallel if config.cluster.device == "cuda" else 0
-    return [Bundle("rollout.num_workers", config.cluster.cpus_per_worker, gpus)] * config.rollout.num_workers
+    return [Bundle("rollout.workers", config.cluster.cpus_per_worker, gpus)] * config.rollout.workers.min
 
 
 def learner_bundles(config: RunConfig) -> list[Bundle]:
@@ -31,43 +34,61 @@ def learner_bundles(config: RunConfig) -> list[Bundle]:
 
 
 @asynccontextmanager
-async def rollout_crew(
-    config: Config, display: Display, bundles: Sequence[Bundle]
-) -> AsyncIterator[tuple[list[Any], list[Any]]]:
-    """Rollout workers and, where ``bundles`` has places beyond theirs, learner ranks."""
-    num_workers = config.rollout.num_workers
-    with display.phase("start", "starting vLLM and DeepSpeed" if len(bundles) > num_workers else "starting vLLM"):
-        group = await launch.reserve(bundles, config.cluster.start_timeout)
-        places = [launch.place(group, i, b) for i, b in enumerate(bundles)]
-        token = launch.run_token()
-        workers = [_start_worker(config, token, i, place) for i, place in enumerate(places[:num_workers])]
-        ranks = _start_ranks(
-            config,
-            places[num_workers:],
-            config.train.num_batches * config.updates_per_batch,
-            rollout=config.rollout,
-            reward=config.reward,
-        )
-        setups = [w.start.remote() for w in workers] + ([_set_up(ranks)] if ranks else [])
-        await _started(setups, workers, ranks, config.cluster.start_timeout)
+async def rollout_crew(config: Config, display: Display, *, learner: bool) -> AsyncIterator[tuple[Pool, list[Any]]]:
+    """Rollout workers and, where ``learner`` asks for them, its ranks."""
+    seconds = config.cluster.start_timeout
+    pool = Pool(
+        partial(_start_worker, config, launch.run_token()),
+        rollout_bundles(config)[0],
+        config.rollout.workers,
+        capacity=config.engine.max_num_seqs // config.rollout.group_size,
+        health_seconds=config.rollout.health_seconds,
+        start_timeout=seconds,
+        max_failures=config.train.max_failures,
+        display=display,
+        events=config.run_dir / "events.jsonl" if learner else None,
+    )
+    ranks: list[Any] = []
     try:
-        yield workers, ranks
+        with display.phase("start", "starting vLLM and DeepSpeed" if learner else "starting vLLM"):
+            if learner:
+                ranks = _start_ranks(
+                    config,
+                    await _places(learner_bundles(config), seconds),
+                    config.train.num_batches * config.updates_per_batch,
+                    rollout=config.rollout,
+                    reward=config.reward,
+                )
+            setups = [pool.start()]
+            if learner:
+                setups.append(launch.within(_set_up(ranks), seconds, "the learner's ranks"))
+            await together(setups)
+        yield pool, ranks
     finally:
-        await _close(workers, ranks)
+        await together([pool.close(), _close(ranks)])
 
 
 @asynccontextmanager
 async def learner_crew(config: SftConfig, display: Display, total_updates: int) -> AsyncIterator[list[Any]]:
     """Learner ranks alone, which neither grade nor have a reference."""
-    bundles = learner_bundles(config)
     with display.phase("start", "starting DeepSpeed"):
-        group = await launch.reserve(bundles, config.cluster.start_timeout)
-        ranks = _start_ranks(config, [launch.place(group, i, b) for i, b in enumerate(bundles)], total_updates)
-        await _started([_set_up(ranks)], [], ranks, config.cluster.start_timeout)
+        seconds = config.cluster.start_timeout
+        ranks = _start_ranks(config, await _places(learner_bundles(config), seconds), total_updates)
+        try:
+            await launch.within(_set_up(ranks), seconds, "the learner's ranks")
+        except BaseException:
+            await _close(ranks)
+            raise
     try:
         yield ranks
     finally:
-        await _close([], ranks)
+        await _close(ranks)
+
+
+async def _places(bundles: Sequence[Bundle], seconds: float) -> list[dict[str, Any]]:
+    """Actor options for places in one placement group."""
+    group = await launch.reserve(bundles, seconds)
+    return [launch.place(group, i, b) for i, b in enumerate(bundles)]
 
 
 @asynccontextmanager
@@ -100,24 +121,16 @@ async def _save(ranks: Sequence[Any], directory: Path) -> None:
     await together(r.save.remote(str(directory)) for r in ranks)
 
 
-async def _started(setups: Sequence[Any], workers: Sequence[Any], ranks: Sequence[Any], seconds: float) -> None:
-    try:
-        await launch.within(together(setups), seconds, "the actors")
-    except BaseException:
-        await _close(workers, ranks)
-        raise
-
-
 async def _set_up(ranks: Sequence[Any]) -> None:
     """Let learner ranks find each other: rank 0 names the address, all join at once."""
     host, port = await ranks[0].address.remote()
     await together(r.setup.remote(host, port) for r in ranks)
 
 
-async def _close(workers: Sequence[Any], ranks: Sequence[Any]) -> None:
+async def _close(ranks: Sequence[Any]) -> None:
     with contextlib.suppress(Exception):
         async with asyncio.timeout(CLOSE_SECONDS):
-            await together(a.close.remote() for a in (*workers, *ranks))
+            await together(r.close.remote() for r in ranks)
 
 
 def _start_worker(config: Config, run_token: str, index: int, options: dict[str, Any]) -> Any:

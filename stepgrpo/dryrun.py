@@ -241,8 +241,8 @@ def explain(config: Config, gpu_memory: float = 80.0) -> Plan:
         config=config,
         shape=shape,
         gpu_memory=gpu_memory * GB if on_gpu else None,
-        gpus=(ro.num_workers * config.engine.tensor_parallel + lrn.num_ranks) if on_gpu else 0,
-        cpus=ro.num_workers * cl.cpus_per_worker + lrn.num_ranks * cl.cpus_per_rank,
+        gpus=(ro.workers.min * config.engine.tensor_parallel + lrn.num_ranks) if on_gpu else 0,
+        cpus=ro.workers.min * cl.cpus_per_worker + lrn.num_ranks * cl.cpus_per_rank,
         learner=learner,
         rollout=rollout,
         kv_tokens=kv_tokens,
@@ -400,13 +400,13 @@ def _table(*columns: str) -> Table:
 
 def _placement(p: Plan) -> Group:
     config, on_gpu = p.config, p.gpu_memory is not None
-    cl, workers, ranks = config.cluster, config.rollout.num_workers, config.learner.num_ranks
+    cl, workers, ranks = config.cluster, config.rollout.workers, config.learner.num_ranks
     table = _table("", "actors", "GPUs each", "CPUs each", "GPUs", "CPUs")
-    for name, num, gpus, cpus in (
-        ("rollout workers", workers, config.engine.tensor_parallel * on_gpu, cl.cpus_per_worker),
-        ("learner ranks", ranks, 1 * on_gpu, cl.cpus_per_rank),
+    for name, num, least, gpus, cpus in (
+        ("rollout workers", workers, workers.min, config.engine.tensor_parallel * on_gpu, cl.cpus_per_worker),
+        ("learner ranks", ranks, ranks, 1 * on_gpu, cl.cpus_per_rank),
     ):
-        table.add_row(name, str(num), str(gpus), f"{cpus:g}", str(num * gpus), f"{num * cpus:g}")
+        table.add_row(name, str(num), str(gpus), f"{cpus:g}", str(least * gpus), f"{least * cpus:g}")
     table.add_row("the cluster must have", "", "", "", str(p.gpus), f"{p.cpus:g}", style="bold")
     return _titled("placement", table)
 

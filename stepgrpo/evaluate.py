@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ CHUNK = 25
 
 
 async def decode(
-    workers: Sequence[Any],
+    ask: Callable[[Callable[[Any], Awaitable[Any]]], Awaitable[Any]],
     prompts: Sequence[Prompt],
     progress: Callable[[int, int], None] | None = None,
     keep: Callable[[dict[str, Any]], None] | None = None,
@@ -41,15 +41,15 @@ async def decode(
     The weights are those the workers hold: the caller sees to it that none loads others meanwhile.
 
     Args:
-        workers: handles of ``actors.worker.RolloutWorker`` actors.
+        ask: lets one of several ``actors.worker.RolloutWorker`` actors answer, see ``pool.Pool.ask``.
         progress: told the number of finished problems, and of all.
         keep: given each problem's answers with their texts (``actors.describe``), in order of arrival.
     """
     done = 0
 
-    async def one(worker: Any, chunk: Sequence[Prompt]) -> list[GradedGroup]:
+    async def one(chunk: Sequence[Prompt]) -> list[GradedGroup]:
         nonlocal done
-        answered: list[tuple[GradedGroup, Any]] = await worker.evaluate.remote(list(chunk), keep is not None)
+        answered: list[tuple[GradedGroup, Any]] = await ask(lambda w: w.evaluate.remote(list(chunk), keep is not None))
         done += len(chunk)
         if progress:
             progress(done, len(prompts))
@@ -60,7 +60,7 @@ async def decode(
 
     chunks = [prompts[i : i + CHUNK] for i in range(0, len(prompts), CHUNK)]
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(one(workers[i % len(workers)], chunk)) for i, chunk in enumerate(chunks)]
+        running = [tasks.create_task(one(chunk)) for chunk in chunks]
     return [g for t in running for g in t.result()]
 
 

@@ -22,6 +22,10 @@ from stepgrpo.config import ClusterConfig, ConfigError, brief
 # A unix socket's path has at most 107 bytes, and Ray appends about 65 of its own to its directory.
 MAX_TEMP_DIR = 42
 
+SCRATCH = "STEPGRPO_SCRATCH"
+"""Environment variable with the directory in which a supervised driver makes its temporary ones; its path has 15
+bytes."""
+
 T = TypeVar("T")
 
 
@@ -70,7 +74,7 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
     else:
         _check_port(cluster.dashboard_port)
         if cluster.temp_dir is None:
-            private = tempfile.mkdtemp(prefix="sg", dir="/tmp")
+            private = tempfile.mkdtemp(prefix="sg", dir=os.environ.get(SCRATCH, "/tmp"))
         _check_temp_dir(private or str(cluster.temp_dir))
     try:
         if not address:
@@ -158,20 +162,23 @@ def _check_port(port: int | None) -> None:
             ) from None
 
 
-async def reserve(bundles: Sequence[Bundle], seconds: float) -> Any:
-    """A placement group that holds all actors, or a message.
+async def reserve(bundles: Sequence[Bundle], seconds: float | None) -> Any:
+    """A placement group that holds all actors, or a message. ``seconds``: None waits as long as need be.
 
     Raises:
         ConfigError: the resources are there but somebody else holds them for that many seconds.
     """
     import ray
-    from ray.util.placement_group import placement_group
+    from ray.util.placement_group import placement_group, remove_placement_group
 
     group = placement_group([b.resources for b in bundles], strategy="PACK")
     try:
         async with asyncio.timeout(seconds):
             await group.ready()
-    except TimeoutError:
+    except BaseException as e:
+        remove_placement_group(group)
+        if not isinstance(e, TimeoutError):
+            raise
         free = ray.available_resources()
         raise ConfigError(
             f"cluster: waited {seconds:g} s for the places of {len(bundles)} actors; free now are "

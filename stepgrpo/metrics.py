@@ -21,6 +21,7 @@ from stepgrpo.types import Exit, GradedGroup, TrajectoryFacts, Verdict
 METRICS: dict[str, str] = {
     "update": "Optimizer updates done, this one included.",
     "batch": "Rollout batch, from 0; also the version of the weights that trained on it.",
+    "restart": "How often the run was begun before.",
     "epoch": "Passes over the training problems when the batch closed.",
     "reward/mean": "Mean reward of the update's trajectories.",
     "reward/std": "Standard deviation of the rewards within their groups, averaged over groups.",
@@ -65,6 +66,7 @@ METRICS: dict[str, str] = {
     "policy/clipped_high": "Share of tokens clipped above.",
     "policy/dual_clipped": "Share of tokens bounded by the dual clip.",
     "policy/loss_tokens": "Tokens the loss read.",
+    "policy/skipped": "1 if the update was skipped because its loss or gradient was not finite.",
     "importance/mean": "Mean importance weight old/behaviour before its cap.",
     "importance/capped": "Share of tokens at the cap.",
     "mismatch/mean": "Mean |log p| difference of vLLM and learner, on tokens sampled under the learner's own version.",
@@ -72,6 +74,11 @@ METRICS: dict[str, str] = {
     "staleness/mean": "Versions between a trajectory's oldest token and its update.",
     "staleness/max": "The largest; never above `train.max_staleness`.",
     "discarded/tokens": "Tokens decoded and thrown away: past a cut, and for probes that an earlier decision overtook.",
+    "time/checkpoint": "Seconds from the batch's end to a committed checkpoint, of the last one.",
+    "checkpoint/bytes": "Size of the last checkpoint.",
+    "checkpoint/failed": "Checkpoints that could not be written, so far.",
+    "workers/up": "Rollout workers that sample, when the batch is done.",
+    "workers/deaths": "Rollout workers lost so far; `events.jsonl` says which and why.",
     "weights/bytes": "Bytes of one published version.",
     "time/batch": "Seconds from the previous batch's end to this one's. Times stand on a batch's last update.",
     "time/wait": "Seconds the learner waited for the batch to close.",
@@ -201,7 +208,8 @@ def _ratio(a: float, b: float) -> float:
 
 
 class RunLog:
-    """Appends one JSON line per update to ``metrics.jsonl`` and mirrors it to Weights & Biases if asked.
+    """Appends one JSON line per update to ``metrics.jsonl`` and mirrors it to Weights & Biases if asked, where a run
+    that goes on keeps its id.
 
     A quantity that does not exist in an update (the accuracy of control samples where there are none) is null.
     """
@@ -219,14 +227,18 @@ class RunLog:
         if wandb_mode != "off":
             import wandb
 
+            known = directory / "wandb-id.txt"
             self._wandb = wandb.init(
                 project=project,
                 name=directory.name,
+                id=known.read_text() if known.is_file() else None,
+                resume="allow",
                 dir=str(directory),
                 mode=wandb_mode,
                 config=config,
                 settings=wandb.Settings(silent=True),
             )
+            known.write_text(self._wandb.id)
 
     def write(self, values: Mapping[str, float]) -> None:
         unknown = sorted(values.keys() - METRICS.keys())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-from stepgrpo import launch, rundir
+from stepgrpo import launch, recovery, rundir
 from stepgrpo.actors.rollout import Rollout
 from stepgrpo.actors.truncation import Preset
 from stepgrpo.benchmarks import by_name
@@ -20,44 +22,64 @@ from stepgrpo.console import Display
 from stepgrpo.crew import learner_bundles, rollout_bundles, rollout_crew, saved
 from stepgrpo.data import Problems, PromptStream, in_order, load_problems, without_overlap
 from stepgrpo.evaluate import Answers, Evaluation, compression, decode, evaluation, exit_cost, shown
-from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, max_positions, portable
-from stepgrpo.launch import Bundle
+from stepgrpo.hub import checkpoint_files, eos_ids, fingerprint, load_tokenizer, max_positions, portable
 from stepgrpo.metrics import RunLog
 from stepgrpo.plugin import load_own
 from stepgrpo.reward.schemes import make_scheme
 from stepgrpo.tokens import Codec
-from stepgrpo.train import Loop, Seat
+from stepgrpo.train import Loop
 from stepgrpo.types import Prompt
 
+Keep = Callable[[str, dict[str, Any]], None]
+"""(name of the problems, one problem's answers with their texts)"""
 
-def train(config: Config, display: Display) -> dict[str, Any]:
+
+def train(config: Config, display: Display, resume: str | None = None) -> dict[str, Any]:
     """Train, and leave a run directory; returns the summary that also lies there.
+
+    Args:
+        resume: go on with a run that was cut off, as ``recovery.claim`` has it.
 
     Raises:
         ConfigError, DataError: something the user must change, found before anything is started.
         TrainError: the run could not go on.
     """
-    with display.phase("prepare", "reading model and data") as phase:
-        rundir.claim(config.run_dir)
-        config = portable(config)
-        tokenizer = load_tokenizer(config.model.path)
-        check_rollout(config)
-        train_set = load_problems(config.data.train, config.data, tokenizer)
-        held_out = load_problems(config.data.eval, config.data, tokenizer) if config.data.eval else Problems((), ())
-        train_set = without_overlap(train_set, held_out, config.data)
-        note_skipped(display, train_set, held_out)
-        phase.result = f"{len(train_set.items):,} training and {len(held_out.items):,} held-out problems"
-    stream, eval_prompts = PromptStream(train_set.items, config.seed), in_order(held_out.items)
-
-    bundles = [*rollout_bundles(config), *learner_bundles(config)]
-    with contextlib.ExitStack() as stack:
+    with rundir.alone(config.run_dir, "run"), contextlib.ExitStack() as stack:
+        with display.phase("prepare", "reading model and data") as phase:
+            config = portable(config)
+            start = recovery.claim(config, resume, display)
+            check_rollout(config)
+            train_set, held_out = read_problems(config, display)
+            inputs = {
+                "model.path": fingerprint(config.model.path),
+                "data.train": recovery.digest(train_set.items),
+                "data.eval": recovery.digest(held_out.items),
+            }
+            recovery.check_inputs(start, inputs)
+            phase.result = f"{len(train_set.items):,} training and {len(held_out.items):,} held-out problems"
+        stream, eval_prompts = PromptStream(train_set.items, config.seed), in_order(held_out.items)
         with display.phase("ray", "starting Ray"):
-            stack.enter_context(launch.session(config.cluster, bundles))
+            stack.enter_context(launch.session(config.cluster, [*rollout_bundles(config), *learner_bundles(config)]))
         # Not before: what is refused up to here leaves an empty directory, which the next attempt may take.
+        recovery.begin(config, start)
         rundir.save_json(config.run_dir / "config.json", config.model_dump())
         with rundir.recorded(config.run_dir, display.seconds) as summary:
-            asyncio.run(_train(config, display, stream, eval_prompts, bundles, summary))
+            asyncio.run(_train(config, display, stream, eval_prompts, summary, start, inputs))
     return summary
+
+
+def read_problems(config: Config, display: Display) -> tuple[Problems, Problems]:
+    """Training and held-out problems, the former without the latter; what was found in them is told.
+
+    Raises:
+        ConfigError, DataError: something the user must change.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    train_set = load_problems(config.data.train, config.data, tokenizer)
+    held_out = load_problems(config.data.eval, config.data, tokenizer) if config.data.eval else Problems((), ())
+    train_set = without_overlap(train_set, held_out, config.data)
+    note_skipped(display, train_set, held_out)
+    return train_set, held_out
 
 
 async def _train(
@@ -65,44 +87,51 @@ async def _train(
     display: Display,
     stream: PromptStream,
     held_out: Sequence[Prompt],
-    bundles: Sequence[Bundle],
     summary: dict[str, Any],
+    start: recovery.Start,
+    inputs: dict[str, str],
 ) -> None:
     cancel_on_sigterm()
-    t, capacity = config.train, config.engine.max_num_seqs // config.rollout.group_size
+    t = config.train
     settings = config.model_dump(mode="json")
-    async with rollout_crew(config, display, bundles) as (workers, ranks):
+    async with rollout_crew(config, display, learner=True) as (pool, ranks):
         with RunLog(config.run_dir, wandb_mode=t.wandb, project=t.wandb_project, config=settings) as log:
-            loop = Loop(config, stream, held_out, [Seat(w, capacity) for w in workers], ranks, display, log)
+            loop = Loop(config, stream, held_out, pool, ranks, display, log, start, inputs)
             try:
                 async with saved(ranks, config.model_dir, display, lambda: loop.update > 0):
-                    results = await loop.run()
+                    await loop.run()
             finally:
                 summary["updates"] = loop.update
                 if (cost := exit_cost(loop.exit_counts)) is not None:
                     summary["exit_cost"] = asdict(cost)
-    if results["before"] is not None:
-        (before, start), (after, end) = results["before"], results["after"]
-        ratio = compression(start, end)
-        summary |= {"before": before.as_dict(), "after": after.as_dict(), "compression": asdict(ratio)}
-        answers = {"before": start.as_dict(), "after": end.as_dict()}
-        rundir.save_json(config.run_dir / "heldout.json", answers, indent=None)
+    if held_out:
+        figures = list(rundir.read_json_lines(config.run_dir / "evaluations.jsonl"))
+        for when, line in ("before", figures[0]), ("after", figures[-1]):
+            summary[when] = {k: v for k, v in line.items() if k not in ("update", "restart")}
+        answers = json.loads((config.run_dir / "heldout.json").read_text())
+        ratio = compression(Answers(**answers["before"]), Answers(**answers["after"]))
+        summary["compression"] = asdict(ratio)
 
 
 def evaluate(
-    config: Config, display: Display, sources: Sequence[str], keep: Callable[[str, dict[str, Any]], None] | None = None
+    config: Config,
+    display: Display,
+    sources: Sequence[str],
+    keep: Keep | None = None,
+    reference: Mapping[str, Answers] = MappingProxyType({}),
 ) -> dict[str, tuple[Evaluation, Answers]]:
     """Let ``config.model.path`` answer problems as it is.
 
     Args:
         sources: benchmarks or files.
         keep: given the benchmark's name and each problem's answers with their texts.
+        reference: answers, by benchmark, that these will be compared with.
 
     Returns:
         By name of the benchmark.
 
     Raises:
-        ConfigError, DataError: something the user must change.
+        ConfigError, DataError: something the user must change, such as a reference to other problems.
     """
     with display.phase("prepare", "reading model and data") as phase:
         # The engine's context has room for what is evaluated, not for what the run would train on.
@@ -114,27 +143,41 @@ def evaluate(
         note_skipped(display, *sets.values())
         questions = {(name, p.key): p.question for name, problems in sets.items() for p in problems.items}
         prompts = {name: in_order(problems.items)[: config.eval.num_prompts] for name, problems in sets.items()}
+        for name, chosen in prompts.items() if reference else ():
+            if name not in reference or reference[name].key != [p.key for p in chosen]:
+                raise ConfigError(f"--reference: has no answers to the same problems of {name}")
         phase.result = f"{sum(map(len, prompts.values())):,} problems"
-    bundles = rollout_bundles(config)
 
     def kept(name: str, group: dict[str, Any]) -> None:
         assert keep is not None
         keep(name, {"question": questions[name, group["key"]], **group})
 
+    return answer(config, display, prompts, keep and kept)
+
+
+def answer(
+    config: Config, display: Display, prompts: Mapping[str, Sequence[Prompt]], keep: Keep | None = None
+) -> dict[str, tuple[Evaluation, Answers]]:
+    """Let the model answer prompts that are read already; ``config`` has been through ``portable``.
+
+    Returns:
+        By the prompts' name.
+    """
+
     async def go() -> dict[str, tuple[Evaluation, Answers]]:
         cancel_on_sigterm()
         results = {}
-        async with rollout_crew(config, display, bundles) as (workers, _):
+        async with rollout_crew(config, display, learner=False) as (pool, _), pool.serving():
             for name, chosen in prompts.items():
                 with display.phase(f"eval {name}", f"{name}: answering {len(chosen)} problems") as phase:
                     start = time.monotonic()
-                    groups = await decode(workers, chosen, phase.problems, keep and partial(kept, name))
+                    groups = await decode(pool.ask, chosen, phase.problems, keep and partial(keep, name))
                     result = evaluation(groups, version=0, seconds=time.monotonic() - start)
                     phase.result = shown(result)
                 results[name] = result, Answers.of(groups)
         return results
 
-    with launch.session(config.cluster, bundles):
+    with launch.session(config.cluster, rollout_bundles(config)):
         return asyncio.run(go())
 
 
@@ -195,9 +238,14 @@ def note_skipped(display: Display, *sets: Problems) -> None:
 def cancel_on_sigterm() -> None:
     """`ray job stop` sends SIGTERM: end as on Ctrl-C, which asyncio makes a cancelled task and a KeyboardInterrupt."""
 
+    loop = asyncio.get_running_loop()
+
     def stop() -> None:
+        # Once: a second one, as Ray and a supervisor both send it, would break off what the first one began.
+        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
             signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.raise_signal(signal.SIGINT)
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(signal.SIGTERM, stop)

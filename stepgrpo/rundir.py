@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +22,10 @@ def claim(directory: Path) -> None:
     Raises:
         ConfigError: says which other name to take.
     """
-    if directory.exists() and any(directory.iterdir()):
+    if not is_free(directory):
         raise ConfigError(
-            f"name: {directory} already holds a run; choose another with name={_free_name(directory)}, or remove it"
+            f"name: {directory} already holds a run; go on with it (--resume), choose another with "
+            f"name={_free_name(directory)}, or remove it"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -31,6 +34,31 @@ def claim(directory: Path) -> None:
         probe.unlink()
     except OSError as e:
         raise ConfigError(f"runs_dir: got {directory.parent}, cannot be written ({e.strerror})") from None
+
+
+def is_free(directory: Path) -> bool:
+    """Whether no run lies there."""
+    return not directory.exists() or all(p.name == _LOCK for p in directory.iterdir())
+
+
+@contextmanager
+def alone(directory: Path, what: str) -> Iterator[None]:
+    """Hold a directory's lock, which ends with the process however that ends.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / _LOCK).open("w")
+    except OSError as e:
+        raise ConfigError(f"runs_dir: {directory} cannot be written ({e.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{directory}: another {what} works here; wait for it, or stop it") from None
+        yield
 
 
 def _free_name(directory: Path) -> str:
@@ -67,8 +95,12 @@ def recorded(directory: Path, seconds: dict[str, float]) -> Iterator[dict[str, A
 
 def save_json(path: Path, record: Any, *, indent: int | None = 2) -> None:
     """Write a JSON file whole or not at all."""
+    _replace(path, json.dumps(record, indent=indent) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -84,6 +116,52 @@ def writable(file: Path) -> None:
         file.touch()
     except OSError as e:
         raise ConfigError(f"{file}: cannot be written ({e.strerror})") from None
+
+
+def append_event(directory: Path, kind: str, **event: Any) -> None:
+    """Add to ``events.jsonl``: what happened to the run, and not in it."""
+    append_json(directory / "events.jsonl", {"time": round(time.time(), 3), "kind": kind, **event})
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a file that may not be there; what was not written to its end is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as f:
+        for line in f:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def roll_back(directory: Path, batch: int) -> int:
+    """Void the lines about batches from ``batch`` on, and evaluations of what came out of them; returns how many.
+
+    Each file is replaced whole, so that this may be cut off and done again.
+    """
+    voided = 0
+    for name, field in _OF_BATCHES.items():
+        path = directory / name
+        if not path.is_file():
+            continue
+        raw = path.read_text(encoding="utf-8")
+        # A version is what its number of batches made.
+        kept = [line for line in read_json_lines(path) if line[field] < batch + (field == "version")]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if text != raw:
+            voided += len(raw.splitlines()) - len(kept)
+            _replace(path, text)
+    return voided
+
+
+_OF_BATCHES = {
+    "metrics.jsonl": "batch",
+    "draws.jsonl": "batch",
+    "probes.jsonl": "batch",
+    "samples.jsonl": "batch",
+    "evaluations.jsonl": "version",
+}
+"""File of JSON lines -> the field that says which batch, or which weights, a line is about."""
+_LOCK = ".lock"
 
 
 def append_json(path: Path, record: Any) -> None:

@@ -20,16 +20,19 @@ finished rollout, a closed batch or a loaded version); the learner for the next 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 
-from stepgrpo import metrics
+from stepgrpo import checkpoint, metrics, rundir
 from stepgrpo.admission import ClosedBatch, Ledger
 from stepgrpo.config import Config
 from stepgrpo.console import Display, Phase, clock
@@ -37,33 +40,29 @@ from stepgrpo.data import PromptStream
 from stepgrpo.evaluate import Answers, Evaluation, decode, evaluation, shown
 from stepgrpo.launch import together
 from stepgrpo.learner.batch import Plan, make_plan
+from stepgrpo.pool import Pool, Seat, TrainError, WorkersGone, is_lost, one_line, root_cause
+from stepgrpo.recovery import Start
 from stepgrpo.reward.credit import advantages, has_signal
 from stepgrpo.reward.schemes import make_scheme
-from stepgrpo.rundir import append_json
+from stepgrpo.rundir import append_json, save_json
 from stepgrpo.types import GradedGroup, Prompt, WeightVersion
-
-
-class TrainError(RuntimeError):
-    """The run cannot go on; the message holds the first cause."""
-
-
-@dataclass(slots=True)
-class Seat:
-    """What the loop knows of one rollout worker."""
-
-    actor: Any
-    capacity: int
-    """Groups it works on at the same time."""
-    version: int = 0
-    in_flight: int = 0
-    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while its weights change, and by an evaluation while they may not."""
+from stepgrpo.watchdog import Stuck, Whereabouts, dump_actors, waiting
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
     graded: GradedGroup
     ref: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Again:
+    """A draw that waits for a worker to sample it again."""
+
+    draw: int
+    version: int
+    """The oldest weights that may."""
+    seat: asyncio.Future[Seat]
 
 
 class Loop:
@@ -74,14 +73,21 @@ class Loop:
         config: Config,
         stream: PromptStream,
         held_out: Sequence[Prompt],
-        seats: Sequence[Seat],
+        pool: Pool,
         ranks: Sequence[Any],
         display: Display,
         log: metrics.RunLog,
+        start: Start,
+        inputs: dict[str, str],
     ) -> None:
+        """
+        Args:
+            inputs: digests of model and data, for its checkpoints.
+        """
         t = config.train
+        self.start, self.inputs = start, inputs
         self.config, self.stream, self.held_out = config, stream, held_out
-        self.seats, self.ranks, self.display, self.log = seats, ranks, display, log
+        self.pool, self.ranks, self.display, self.log = pool, ranks, display, log
         self.ledger = Ledger(
             num_batches=t.num_batches,
             prompts_per_batch=t.prompts_per_batch,
@@ -91,12 +97,17 @@ class Loop:
         self.scheme = make_scheme(config.reward, config.rollout.max_response_tokens)
         self.weights: WeightVersion | None = None  # None: version 0, which every engine starts with
         self.settled: dict[int, Settled] = {}
-        self.failures = 0
+        self._again: list[_Again] = []
         self.update = 0
         self.exit_counts: list[metrics.ExitCounts] = []
         self.rollout_watch, self.eval_watch = metrics.TriggerWatch(window=20), metrics.TriggerWatch(window=1)
         self.row: dict[str, Any] = {}
         self.last_eval = ""
+        self.accuracy: dict[int, float] = {}
+        """Held-out accuracy by version of the weights."""
+        self._saving: asyncio.Task[None] | None = None
+        self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
+        self._places: dict[str, Whereabouts] = {}
         self._grader_failed = False
         self._wake = asyncio.Event()
         self._closable = asyncio.Event()
@@ -105,29 +116,48 @@ class Loop:
         self._pauses: list[float] = []
         self._sync_seconds = math.nan
 
-    async def run(self) -> dict[str, Any]:
-        """Train to the end; returns the evaluations before and after, with their answers."""
+    async def run(self) -> None:
+        """Train to the end. Leaves held-out answers before and after in ``heldout.json``, if there are any."""
+        heldout: dict[str, Any] = {}
+        path = self.config.run_dir / "heldout.json"
+        for rank, place in enumerate(await together(r.whereabouts.remote() for r in self.ranks)):
+            self._places[f"learner rank {rank}"] = place
+        for seat in self.pool.seats:
+            await self._note_place(seat)
+        async with self.pool.serving(join=self._catch_up, on_change=self._wake.set):
+            if self.start.name:
+                heldout = json.loads(path.read_text()) if path.is_file() else {}
+            elif before := await self._evaluate_phase("before", "the starting model"):
+                heldout["before"] = before.as_dict()
+                save_json(path, heldout, indent=None)
+            await self._learn()
+            if after := await self._evaluate_phase("after", "the trained model"):
+                save_json(path, heldout | {"after": after.as_dict()}, indent=None)
+
+    async def _learn(self) -> None:
         c = self.config
-        before = await self._evaluate_phase("before", "the starting model")
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
+            if self.start.name:
+                await self._restore()
+            done = self.ledger.batch
             with self.display.phase("train", "training") as phase:
                 feeder = tasks.create_task(self._feed())
                 started = last = time.monotonic()
-                for index in range(c.train.num_batches):
+                for index in range(done, c.train.num_batches):
                     batch = await self._closed_batch()
                     waited = time.monotonic() - last
                     await self._train_batch(batch, waited, last)
-                    self._show(phase, started, index + 1)
+                    if self._checkpoint_due(index + 1):
+                        await self._checkpoint()
+                    self._show(phase, started, done, index + 1)
                     if self._eval_due(index + 1):
                         await self._start_evaluation()
                     last = time.monotonic()
                 feeder.cancel()
                 phase.result = f"{self.update} updates"
         assert self.ledger.in_flight == 0, "draws left over: neither trained on nor filtered"
-        assert all(s.version == c.train.num_batches for s in self.seats), "an engine without the last weights"
-        after = await self._evaluate_phase("after", "the trained model")
-        return {"before": before, "after": after}
+        assert all(s.version == c.train.num_batches for s in self.pool.seats), "an engine without the last weights"
 
     # ---- rollouts
 
@@ -135,56 +165,99 @@ class Loop:
         """Start draws for as long as a worker has room and the draw may meet its batch in time."""
         while True:
             self._wake.clear()
-            while True:
-                free = [s for s in self.seats if s.in_flight < s.capacity]
-                seat = max(free, key=lambda s: (s.version, -s.in_flight), default=None)
-                if seat is None or not self.ledger.may_admit(seat.version):
-                    break
-                self._enter(seat)
-                self._tasks.create_task(self._rollout(self.ledger.admit(), seat))
+            while self._start_one():
+                pass
             await self._wake.wait()
 
-    async def _rollout(self, draw: int, seat: Seat) -> None:
-        """Sample and grade one draw. A failed group is sampled again from the same seeds; too many failures in a row
-        stop the run."""
-        prompt = self.stream[draw]
-        while True:
-            try:
-                try:
-                    done, group = seat.actor.roll.remote(prompt)
-                    await done
-                finally:
-                    self._leave(seat)  # grading does not keep an engine from the next draw
-                graded: GradedGroup = await self.ranks[draw % len(self.ranks)].ingest.remote([group])
-                break
-            except Exception as e:  # whatever the remote side raised: the draw must not get lost
-                self.failures += 1
-                if self.failures >= self.config.train.max_failures:
-                    raise TrainError(
-                        f"{self.failures} rollouts failed in a row (train.max_failures); the last, "
-                        f"draw {draw} ({prompt.key}): {one_line(e)}"
-                    ) from e
-                self.display.warn(f"draw {draw} ({prompt.key}) failed and is sampled again: {one_line(e)}")
-                self._enter(seat)
-        self.failures = 0
-        self.settled[draw] = Settled(graded, group)
-        self.ledger.settle(draw, keep=not self.config.train.refill or has_signal(self.scheme([graded])[0]))
+    def _start_one(self) -> bool:
+        """Give a worker a draw: one that must be sampled again, or else the next of the stream."""
+        free = [s for s in self.pool.seats if len(s.draws) < s.capacity]
+        seat = max(free, key=lambda s: (s.version, -len(s.draws)), default=None)
+        if seat is None:
+            return False
+        again = next((a for a in self._again if a.version <= seat.version), None)
+        if again:
+            self._again.remove(again)
+            self._enter(again.draw, seat)
+            again.seat.set_result(seat)
+            return True
+        if not self.ledger.may_admit(seat.version):
+            return False
+        draw = self.ledger.admit()
+        self._enter(draw, seat)
+        self._tasks.create_task(self._rollout(draw, seat))
+        return True
+
+    async def _rollout(self, draw: int, seat: Seat | None) -> None:
+        """Sample and grade one draw, and settle it. ``seat``: None: of any worker with the newest weights."""
+        settled = await self._sampled(draw, seat.version if seat else self.ledger.batch, seat)
+        self.settled[draw] = settled
+        signal = has_signal(self.scheme([settled.graded])[0])
+        self.ledger.settle(draw, keep=not self.config.train.refill or signal)
         self._wake.set()
         self._closable.set()
 
-    def _enter(self, seat: Seat) -> None:
-        seat.in_flight += 1
+    async def _sampled(self, draw: int, version: int, seat: Seat | None = None) -> Settled:
+        """A group of one draw. One that failed, or was lost with its worker or node, is sampled again from the same
+        seeds, by any worker whose weights are not older than ``version``; too many failures in a row stop the run."""
+        prompt = self.stream[draw]
+        what = f"draw {draw} ({prompt.key})"
+        while True:
+            seat = seat or await self._seat_for(draw, version)
+            try:
+                group = await self._roll(prompt, seat)
+                if group is not None:
+                    graded = await self._ingest(draw, group)
+                    self.pool.failures.reset()
+                    return Settled(graded, group)
+            except TrainError:
+                raise
+            except Exception as e:  # whatever the remote side raised: the draw must not get lost
+                if is_lost(e):
+                    self.display.warn(f"{what} was lost with its node and is sampled again")
+                else:
+                    self.pool.failures.add(f"{what}: {one_line(e)}", e)
+                    self.display.warn(f"{what} failed and is sampled again: {one_line(e)}")
+            seat = None
+
+    async def _ingest(self, draw: int, group: Any) -> GradedGroup:
+        graded: GradedGroup = await self.ranks[draw % len(self.ranks)].ingest.remote([group])
+        return graded
+
+    async def _roll(self, prompt: Prompt, seat: Seat) -> Any:
+        """Reference to a new group; None where the worker failed, and not the rollout."""
+        try:
+            done, group = seat.actor.roll.remote(prompt)
+            await done
+            seat.strikes = 0
+            return group
+        except Exception as e:
+            if not self.pool.blame(seat, e):
+                raise
+            return None
+        finally:
+            self._leave(prompt.draw, seat)  # grading does not keep an engine from the next draw
+
+    async def _seat_for(self, draw: int, version: int) -> Seat:
+        """A worker with room for one more, and with weights that are not older than ``version``."""
+        again = _Again(draw, version, asyncio.get_running_loop().create_future())
+        self._again.append(again)
+        self._wake.set()
+        return await again.seat
+
+    def _enter(self, draw: int, seat: Seat) -> None:
+        seat.draws.add(draw)
         self._mark_busy()
 
-    def _leave(self, seat: Seat) -> None:
-        seat.in_flight -= 1
+    def _leave(self, draw: int, seat: Seat) -> None:
+        seat.draws.discard(draw)
         self._mark_busy()
         self._wake.set()
 
     def _mark_busy(self) -> None:
         """Account the seconds in which anything is being generated."""
         now = time.monotonic()
-        busy = any(s.in_flight for s in self.seats)
+        busy = any(s.draws for s in self.pool.seats)
         if self._busy_since is not None:
             self._busy_seconds += now - self._busy_since
         self._busy_since = now if busy else None
@@ -194,26 +267,26 @@ class Loop:
     async def _closed_batch(self) -> ClosedBatch:
         while (batch := self.ledger.close()) is None:
             self._closable.clear()
-            await self._closable.wait()
+            async with self._waiting(lambda: f"batch {self.ledger.batch} ({self.ledger.in_flight} draws in flight)"):
+                await self._closable.wait()
         self._wake.set()  # the next batch's draws have come one version closer
         return batch
 
     async def _train_batch(self, batch: ClosedBatch, waited: float, last: float) -> None:
         c = self.config
         used = {d: self.settled.pop(d) for d in (*batch.kept, *batch.filtered)}
-        kept = [used[d] for d in batch.kept]
+        start = time.monotonic()
+        while True:
+            kept = [used[d] for d in batch.kept]
+            rewards = self.scheme([s.graded for s in kept])
+            credit = advantages(rewards, c.reward.normalization)
+            plan = self._plan(batch, kept, credit)
+            refs = {s.graded.draw: s.ref for s in kept}
+            lost = await self._fetched(batch, plan, refs)
+            if not lost:
+                break
+            used |= await self._sampled_again(batch, sorted(lost))
         groups = [s.graded for s in kept]
-        rewards = self.scheme(groups)
-        credit = advantages(rewards, c.reward.normalization)
-        plan = make_plan(
-            groups,
-            credit,
-            version=batch.index,
-            num_updates=math.ceil(len(groups) / c.train.prompts_per_update),
-            num_ranks=len(self.ranks),
-            budget_tokens=c.learner.micro_batch_tokens,
-            packed=c.model.packed,
-        )
         if len(groups) < c.train.prompts_per_batch:
             self.display.warn(
                 f"batch {batch.index} trains on {len(groups)} of {c.train.prompts_per_batch} groups: "
@@ -222,9 +295,8 @@ class Loop:
         stale = max((batch.index - f.oldest_version for g in groups for f in g.facts), default=0)
         assert stale <= c.train.max_staleness, f"a group {stale} versions old reached batch {batch.index}"
 
-        refs = {d: used[d].ref for d in batch.kept}
         start = time.monotonic()
-        results = await together(r.update.remote(plan, refs) for r in self.ranks)
+        results = await self._on_ranks(f"the update on batch {batch.index}", lambda r: r.update.remote(plan, refs))
         trained = time.monotonic()
         size = await self._publish(batch.index + 1)
         published = time.monotonic()
@@ -244,16 +316,48 @@ class Loop:
             "time/paused": max(self._pauses, default=math.nan),
             "rate/tokens": sum(f.num_tokens for s in used.values() for f in s.graded.facts) / (published - last),
             "weights/bytes": size,
+            **self._saved,
+            "workers/up": len(self.pool.seats),
+            "workers/deaths": self.pool.deaths,
             "reward/filtered": len(batch.filtered),
             "reward/missing": c.train.prompts_per_batch - len(batch.kept),
         }
         self._busy_seconds, self._pauses = 0.0, []
         self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
 
+    async def _fetched(self, batch: ClosedBatch, plan: Plan, refs: dict[int, Any]) -> set[int]:
+        """Have the batch on its ranks; returns the draws that were lost. Not within the update: a rank without a group
+        would leave the others waiting in a collective."""
+        parts = await self._on_ranks(f"groups of batch {batch.index}", lambda r: r.fetch.remote(plan, refs))
+        return {draw for part in parts for draw in part}
+
+    def _plan(self, batch: ClosedBatch, kept: Sequence[Settled], credit: Any) -> Plan:
+        c = self.config
+        return make_plan(
+            [s.graded for s in kept],
+            credit,
+            version=batch.index,
+            num_updates=math.ceil(len(kept) / c.train.prompts_per_update),
+            num_ranks=len(self.ranks),
+            budget_tokens=c.learner.micro_batch_tokens,
+            packed=c.model.packed,
+        )
+
+    async def _sampled_again(self, batch: ClosedBatch, lost: Sequence[int]) -> dict[int, Settled]:
+        """Groups anew that were finished, and went away with their node before they were trained on."""
+        self.display.warn(f"batch {batch.index}: {len(lost)} groups were lost with their node and are sampled again")
+        oldest = max(0, batch.index - self.config.train.max_staleness)
+        return dict(zip(lost, await together(self._sampled(d, oldest) for d in lost), strict=True))
+
     async def _keep_sample(self, batch: int, sample: Settled, rewards: Any, credit: Any) -> None:
         """A group with its texts, for people."""
-        seat = self.seats[batch % len(self.seats)]
-        line = await seat.actor.describe.remote([sample.ref], sample.graded)
+        try:
+            line = await self.pool.ask(lambda w: w.describe.remote([sample.ref], sample.graded))
+        except Exception as e:
+            if not is_lost(e):
+                raise
+            self.display.warn(f"batch {batch} leaves no sample: its group was lost with its node")
+            return
         for t, reward, advantage in zip(line["trajectories"], rewards, credit, strict=True):
             t |= {"reward": round(float(reward), 4), "advantage": round(float(advantage), 4)}
         append_json(self.config.run_dir / "samples.jsonl", {"batch": batch, **line})
@@ -278,6 +382,7 @@ class Loop:
             self.row = {
                 "update": self.update,
                 "batch": batch.index,
+                "restart": self.start.restart,
                 "epoch": (max(batch.kept) + 1) / len(self.stream),
                 **metrics.of_groups([g for g, _ in of_update], [r for _, r in of_update], batch.index, alpha),
                 **result,
@@ -293,9 +398,8 @@ class Loop:
             self.display.warn(
                 f"a response could not be graded and counts as wrong ({error}); reward/grader_failures counts them"
             )
-        append_json(
-            c.run_dir / "draws.jsonl", {"batch": batch.index, "trained": batch.kept, "filtered": batch.filtered}
-        )
+        audit = {"batch": batch.index, "restart": self.start.restart}
+        append_json(c.run_dir / "draws.jsonl", audit | {"trained": batch.kept, "filtered": batch.filtered})
         append_json(c.run_dir / "probes.jsonl", {"batch": batch.index, **metrics.probes_of(groups)})
         self.exit_counts.append(metrics.exit_counts(groups))
 
@@ -305,28 +409,165 @@ class Loop:
 
     async def _publish(self, version: int) -> int:
         """The learner's weights into the object store; workers fetch them while they go on decoding. Their bytes."""
-        parts = await together(r.publish.remote(version) for r in self.ranks)
+        parts = await self._on_ranks(f"weights {version}", lambda r: r.publish.remote(version))
         self.weights = WeightVersion(version, tuple(m for m, _ in parts), tuple(tuple(b) for _, b in parts))
         self._tasks.create_task(self._spread())
         return self.weights.num_bytes
 
     async def _spread(self) -> None:
         start = time.monotonic()
-        await together(self._load(s) for s in self.seats)
+        await together(self._load(s) for s in self.pool.seats)
         self._sync_seconds = time.monotonic() - start
 
     async def _load(self, seat: Seat) -> None:
+        """Bring a worker to the newest version; one that cannot load it is lost."""
         async with seat.loading:
             await self._load_locked(seat)
 
     async def _load_locked(self, seat: Seat) -> None:
-        """Bring a worker to the newest version. A worker that fell behind skips the versions in between."""
+        try:
+            await self._pull(seat)
+        except Exception as e:
+            self.pool.lost(seat, f"loading weights failed: {one_line(e)}")
+
+    async def _pull(self, seat: Seat) -> None:
+        """A worker that fell behind skips the versions in between."""
         weights = self.weights
-        if weights is None or seat.version == weights.version:
+        if weights is None or seat.version == weights.version or seat.lost:
             return
         self._pauses.append(await seat.actor.load.remote(weights))
         seat.version = weights.version
         self._wake.set()
+
+    async def _catch_up(self, seat: Seat) -> None:
+        """Bring a worker that is new to the newest version, also if that changes meanwhile."""
+        await self._note_place(seat)
+        while self.weights is not None and seat.version != self.weights.version:
+            await self._pull(seat)
+
+    # ---- what is waited for
+
+    def _waiting(self, what: str | Callable[[], str]) -> AbstractAsyncContextManager[None]:
+        t = self.config.train
+        return waiting(what, say=self.display.warn, warn=t.wait_warning, limit=t.wait_limit, stacks=self._stacks)
+
+    async def _stacks(self) -> Path:
+        return await dump_actors(self.config.run_dir, self._places)
+
+    async def _on_ranks(self, what: str, call: Callable[[Any], Awaitable[Any]]) -> list[Any]:
+        """Ask all ranks.
+
+        Raises:
+            RayActorError: one is dead, whatever the others, which it left alone in a collective, complained about.
+        """
+        async with self._waiting(f"{what} on the learner's ranks"):
+            try:
+                return await together(call(r) for r in self.ranks)
+            except Exception as e:
+                alive = await asyncio.gather(*(r.whereabouts.remote() for r in self.ranks), return_exceptions=True)
+                for rank, answer in enumerate(alive):
+                    if isinstance(answer, RayActorError):
+                        answer.add_note(f"learner rank {rank} died during {what}")
+                        raise answer from e
+                raise
+
+    # ---- checkpoints
+
+    def _checkpoint_due(self, batches_done: int) -> bool:
+        every = self.config.checkpoint.every
+        return bool(every and (batches_done % every == 0 or batches_done == self.config.train.num_batches))
+
+    async def _checkpoint(self) -> None:
+        """Have the state of this moment copied, which is before the next update, and written in the background."""
+        if self._saving and not self._saving.done():
+            self.display.warn(
+                "the last checkpoint is still being written; the next one waits for it (checkpoint.every)"
+            )
+            await self._saving
+        # Restarts first: what a later attempt wrote is newer than all of an earlier one, also after a roll-back.
+        name = f"r{self.start.restart:04d}-batch-{self.ledger.batch:06d}"
+        place, start = self.config.checkpoint_place, time.monotonic()
+        refs = {draw: s.ref for draw, s in self.settled.items()}
+        # Asked for now: on each rank, calls take their turn in this order.
+        parts = [r.checkpoint.remote(place, name, {} if i else refs) for i, r in enumerate(self.ranks)]
+        self._saving = self._tasks.create_task(self._save(name, self._state(), parts, start))
+
+    def _state(self) -> dict[str, Any]:
+        """All that the driver knows and cannot find out again."""
+        c = self.config
+        return {
+            "restart": self.start.restart,
+            "batch": self.ledger.batch,
+            "update": self.update,
+            "ledger": self.ledger.state(),
+            "exits": self.exit_counts,
+            "inputs": self.inputs,
+            "settings": c.model_dump(mode="json"),
+            "model": c.model.path,
+            "dtype": c.model.dtype,
+        }
+
+    async def _save(self, name: str, state: dict[str, Any], parts: Sequence[Any], start: float) -> None:
+        """Commit a checkpoint. One that cannot be written is told, and the run goes on."""
+        c = self.config
+        try:
+            async with self._waiting(f"checkpoint {name}"):
+                files = [f for part in await together(parts) for f in part]
+                manifest = await asyncio.to_thread(checkpoint.commit, c.checkpoint_place, name, state, files)
+        except Exception as e:
+            if isinstance(root_cause(e), RayActorError | Stuck):
+                raise
+            self._saved["checkpoint/failed"] += 1
+            rundir.append_event(c.run_dir, "checkpoint failed", name=name, reason=one_line(e))
+            self.display.warn(f"checkpoint {name} could not be written, and the run goes on: {one_line(e)}")
+            with suppress(Exception):
+                if name in await asyncio.to_thread(checkpoint.half_written, c.checkpoint_place):
+                    await asyncio.to_thread(checkpoint.discard, c.checkpoint_place, name)
+            return
+        seconds = time.monotonic() - start
+        self._saved |= {"time/checkpoint": seconds, "checkpoint/bytes": float(manifest.size)}
+        rundir.append_event(c.run_dir, "checkpoint", name=name, seconds=round(seconds, 3), bytes=manifest.size)
+        try:
+            await asyncio.to_thread(self._prune)
+        except Exception as e:
+            self.display.warn(f"old checkpoints could not be removed: {one_line(e)}")
+
+    def _prune(self) -> None:
+        c = self.config.checkpoint
+        checkpoint.prune(
+            self.config.checkpoint_place,
+            keep_last=c.keep_last,
+            keep_best=c.keep_best,
+            accuracy=lambda m: self.accuracy.get(m.meta["batch"]),
+        )
+
+    async def _restore(self) -> None:
+        """Go on from a checkpoint: what was finished is taken over, what was in flight is sampled again."""
+        s, c = self.start, self.config
+        assert s.name
+        with self.display.phase("restore", f"going on from {s.name}") as phase:
+            place, update = c.checkpoint_place, s.meta["update"]
+            await self._on_ranks(s.name, lambda r: r.restore.remote(place, s.name, s.files, update))
+            groups: dict[int, list[Any]] = await self.ranks[0].restore_groups.remote(place, s.name)
+            graded = await together(self._ingest(draw, ref) for draw, [ref] in groups.items())
+            self.settled = {g.draw: Settled(g, ref) for g, [ref] in zip(graded, groups.values(), strict=True)}
+            again = self.ledger.restore(s.meta["ledger"])
+            self.update = update
+            self.exit_counts = [metrics.ExitCounts(*counts) for counts in s.meta["exits"]]
+            for line in rundir.read_json_lines(c.run_dir / "metrics.jsonl"):
+                self.rollout_watch.see(line["rollout/steps"], line["rollout/tokens"])
+            for line in rundir.read_json_lines(c.run_dir / "evaluations.jsonl"):
+                self.eval_watch.see(line["steps"]["mean"], line["tokens"]["mean"])
+                self.accuracy[line["version"]] = line["accuracy"]["mean"]
+            await self._publish(self.ledger.batch)
+            phase.result = f"batch {self.ledger.batch}, {len(groups)} groups taken over, {len(again)} sampled again"
+        for draw in again:
+            self._tasks.create_task(self._rollout(draw, None))
+        if self._eval_due(self.ledger.batch) and self.ledger.batch not in self.accuracy:
+            await self._start_evaluation()
+
+    async def _note_place(self, seat: Seat) -> None:
+        self._places[f"rollout worker {seat.index}"] = await seat.actor.whereabouts.remote()
 
     # ---- evaluation
 
@@ -335,15 +576,19 @@ class Loop:
         return bool(c.eval.every and batches_done % c.eval.every == 0 and batches_done < c.train.num_batches)
 
     @asynccontextmanager
-    async def _frozen(self) -> AsyncIterator[int]:
-        """All workers on the newest version, and none loads another until the block ends. Yields the version."""
+    async def _frozen(self) -> AsyncIterator[list[Seat]]:
+        """The workers that are up, on the newest version, and none loads another until the block ends."""
         held: list[Seat] = []
         try:
-            for s in self.seats:
-                await s.loading.acquire()
-                held.append(s)
-            await together(self._load_locked(s) for s in self.seats)
-            yield self.seats[0].version
+            while not held:
+                for s in list(self.pool.seats):
+                    await s.loading.acquire()
+                    held.append(s)
+                if not held:
+                    await self.pool.changed()
+            await together(self._load_locked(s) for s in held)
+            newest = max(s.version for s in held)
+            yield [s for s in held if s.version == newest and not s.lost]
         finally:
             for s in held:
                 s.loading.release()
@@ -353,35 +598,48 @@ class Loop:
         prompts = self.held_out[: self.config.eval.num_prompts_during]
         if not prompts:
             return
-        entered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entered = asyncio.Event()
 
         async def background() -> None:
-            async with self._frozen() as version:
-                entered.set_result(None)
-                result, _ = await self._evaluate(prompts, version, None)
+            result, _ = await self._evaluate(prompts, None, entered)
             self.last_eval = f"held-out {result.accuracy.mean:.0%}, {result.tokens.mean:.0f} tokens"
 
         self._tasks.create_task(background())
-        await entered
+        await entered.wait()
 
-    async def _evaluate_phase(self, name: str, title: str) -> tuple[Evaluation, Answers] | None:
+    async def _evaluate_phase(self, name: str, title: str) -> Answers | None:
         prompts = self.held_out[: self.config.eval.num_prompts]
         if not prompts:
             return None
         with self.display.phase(name, f"measuring {title} on {len(prompts)} held-out problems") as phase:
-            result, groups = await self._evaluate(prompts, self.seats[0].version, phase)
+            result, groups = await self._evaluate(prompts, phase)
             phase.result = shown(result)
-        return result, Answers.of(groups)
+        return Answers.of(groups)
 
     async def _evaluate(
-        self, prompts: Sequence[Prompt], version: int, phase: Phase | None
+        self, prompts: Sequence[Prompt], phase: Phase | None, entered: asyncio.Event | None = None
     ) -> tuple[Evaluation, list[GradedGroup]]:
+        """``entered``: set once its workers are held."""
         start, update = time.monotonic(), self.update  # training goes on meanwhile
-        groups = await decode([s.actor for s in self.seats], prompts, phase.problems if phase else None)
+        while True:
+            async with self._frozen() as seats:
+                if entered:
+                    entered.set()
+                try:
+                    groups = await decode(
+                        partial(self.pool.ask, among=seats), prompts, phase.problems if phase else None
+                    )
+                    version = seats[0].version
+                    break
+                except WorkersGone:
+                    self.display.warn("an evaluation lost all its workers and begins again")
         met = {v for g in groups for f in g.facts for v in (f.oldest_version, f.newest_version)}
         assert met == {version}, f"an evaluation of version {version} met {met}"
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)
-        append_json(self.config.run_dir / "evaluations.jsonl", {"update": update, **result.as_dict()})
+        line = {"update": update, "restart": self.start.restart, **result.as_dict()}
+        if version not in self.accuracy:  # that of the end is made again where the end was cut off
+            append_json(self.config.run_dir / "evaluations.jsonl", line)
+        self.accuracy[version] = result.accuracy.mean
         self._watch(self.eval_watch.see(result.steps.mean, result.tokens.mean), "held-out problems")
         # At the update of now, not of its start: Weights & Biases drops what goes back.
         self.log.evaluation(
@@ -389,11 +647,12 @@ class Loop:
         )
         return result, groups
 
-    def _show(self, phase: Phase, started: float, batches_done: int) -> None:
+    def _show(self, phase: Phase, started: float, restored: int, batches_done: int) -> None:
         c, r = self.config, self.row
         if not r:  # no batch has taught anything yet
             return
-        left = (time.monotonic() - started) / batches_done * (c.train.num_batches - batches_done)
+        per_batch = (time.monotonic() - started) / (batches_done - restored)
+        left = per_batch * (c.train.num_batches - batches_done)
         parts = [
             f"update {self.update} of {c.train.num_batches * c.updates_per_batch}",
             f"accuracy {r['reward/accuracy']:.0%}",
@@ -406,22 +665,3 @@ class Loop:
             f"{clock(left)} left",
         ]
         phase.show(" · ".join(p for p in parts if p), batches_done, c.train.num_batches)
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The first cause, out of whatever Ray and task groups wrapped around it."""
-    while True:
-        if isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        elif isinstance(inner := getattr(error, "cause", None), BaseException):
-            error = inner
-        else:
-            return error
-
-
-def one_line(error: BaseException) -> str:
-    """Kind of the first cause, and as much of its message as says why."""
-    first = root_cause(error)
-    lines = [line.strip() for line in str(first).splitlines() if line.strip()] or ["no message"]
-    # Ray names the dead actor and the reason in the lines below its headline.
-    return f"{type(first).__name__}: {' '.join(lines[:6] if isinstance(first, RayError) else lines[:1])}"

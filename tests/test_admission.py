@@ -1,5 +1,6 @@
 """Draws, batches and staleness, driven by random arrivals."""
 
+import json
 import random
 
 import pytest
@@ -117,3 +118,23 @@ def test_nothing_starts_beyond_the_last_batch():
     ledger.admit()
     ledger.admit()
     assert not ledger.may_admit(0)
+
+
+def test_a_restored_ledger_goes_on_as_the_saved_one():
+    settings = {"num_batches": 3, "prompts_per_batch": 2, "max_staleness": 2, "refill_limit": 1}
+    saved = Ledger(**settings)
+    draws = [saved.admit() for _ in range(6)]
+    saved.settle(draws[0], keep=True)
+    saved.settle(draws[1], keep=True)
+    saved.settle(draws[2], keep=False)
+    saved.settle(draws[4], keep=True)
+    saved.close()
+    restored = Ledger(**settings)
+    assert restored.restore(json.loads(json.dumps(saved.state()))) == [draws[3], draws[5]]
+    for ledger in (saved, restored):
+        for draw in (draws[3], draws[5]):
+            ledger.settle(draw, keep=True)
+        batch = ledger.close()
+        assert (batch.index, batch.kept, batch.filtered) == (1, (draws[3], draws[4]), (draws[2],))
+    assert saved.state() == restored.state()
+    assert saved.admit() == restored.admit() == 6

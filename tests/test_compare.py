@@ -164,7 +164,7 @@ def test_a_second_call_at_the_same_time_is_refused(tmp_path: Path) -> None:
     with (directory / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = CliRunner().invoke(app, ["compare", str(path)])
-    assert result.exit_code == 2 and "another `stepgrpo compare` is making rows" in result.output
+    assert result.exit_code == 2 and "another `stepgrpo compare` works here" in result.output
 
 
 def test_rows_of_different_problems_are_not_averaged() -> None:

@@ -49,7 +49,7 @@ def test_paper_scale_configs_have_the_papers_numbers(size: str) -> None:
     assert (c.rollout.probe.preset, c.rollout.probe.delta, c.rollout.probe.probability) == ("deer", 0.95, 1.0)
     assert (c.reward.alpha, c.reward.beta, c.reward.baseline) == (0.9, 0.5, "correct")
     assert c.data.suffix == r"Please reason step by step, and put your final answer within \boxed{}."
-    assert c.rollout.num_workers * c.engine.tensor_parallel + c.learner.num_ranks == 8
+    assert c.rollout.workers.max * c.engine.tensor_parallel + c.learner.num_ranks == 8
 
 
 def test_an_unknown_key_suggests_the_nearest_one() -> None:
@@ -143,6 +143,7 @@ def test_a_name_of_ones_own_is_taken_with_its_options() -> None:
         (["engine.tensor_parallel=2"], "engine.tensor_parallel"),
         (["rollout.top_p=0.95"], "rollout.top_p"),
         (["train.refill_limit=5"], "train.refill_limit"),
+        (["train.refill=true", "reward.scheme=easy_length_penalty"], "train.refill"),
         (["data.eval=null"], "eval.every"),
         (["eval.early_exit=true", "rollout.probe=null"], "eval.early_exit"),
     ],

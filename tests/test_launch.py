@@ -7,12 +7,12 @@ import pytest
 from stepgrpo.config import ClusterConfig, ConfigError
 from stepgrpo.launch import Bundle, check_resources, session
 
-WORKER = Bundle("rollout.num_workers", 1.0, 2)
+WORKER = Bundle("rollout.workers", 1.0, 2)
 RANK = Bundle("learner.num_ranks", 1.0, 1)
 
 
 def test_more_gpus_than_the_cluster_has_is_an_error_that_says_who_asks_for_them():
-    with pytest.raises(ConfigError, match=r"GPUs: the config asks for 8 \(rollout.num_workers takes 4, learner") as e:
+    with pytest.raises(ConfigError, match=r"GPUs: the config asks for 8 \(rollout.workers takes 4, learner") as e:
         check_resources({"CPU": 64, "GPU": 4}, [{"CPU": 64, "GPU": 4}], [WORKER] * 2 + [RANK] * 4)
     assert "has 4; lower them, or add a node" in str(e.value)
 

@@ -416,6 +416,12 @@ def test_eval_of_two_benchmarks_with_early_exit_dumps_every_answer_and_compares_
             assert t["probes"][-1]["verdict"] == "confident" and t["probes"][-1]["at"] == t["cut"]
     refused = CliRunner().invoke(app, [*common, f"--dump={dump}"])
     assert refused.exit_code == 2 and f"{dump}: exists" in refused.output
+    refused = CliRunner().invoke(app, [*common, f"--output={early}"])
+    assert refused.exit_code == 2 and f"{early}: exists" in refused.output
+    others = [f"--reference={plain}", "eval.num_prompts=3"]
+    refused = CliRunner().invoke(app, [*common, *others])
+    assert refused.exit_code == 2 and "--reference: has no answers to the same problems of easy" in refused.output
+    assert "starting vLLM" not in refused.output
 
 
 def test_triggers_proposes_the_word_the_model_opens_its_checks_with(cluster: str, tmp_path: Path) -> None:
@@ -558,7 +564,7 @@ def test_more_than_the_cluster_has_is_refused_and_leaves_the_name_free(cluster: 
         )
         assert result.exit_code == 2
         assert result.output.splitlines()[-1] == (
-            "error: CPUs: the config asks for 8 (rollout.num_workers takes 1, learner.num_ranks takes 7) "
+            "error: CPUs: the config asks for 8 (rollout.workers takes 1, learner.num_ranks takes 7) "
             "but the Ray cluster has 2; lower them, or add a node"
         )
 

@@ -224,6 +224,19 @@ class VllmEngine:
         finally:
             task.cancel()
 
+    async def ping(self) -> None:
+        """Return once every process of the engine has answered: never, where one of them hangs.
+
+        Raises:
+            EngineDied: if the engine died.
+        """
+        self._check()
+        try:
+            await self._unless_dead(self._llm.collective_rpc("check_health"))
+        except self._dead_error as e:
+            self._cause = self._cause or "its process died"
+            raise EngineDied(f"the vLLM engine died: {self._cause}") from e
+
     def close(self) -> None:
         """Stop the engine process. Requests in flight end with ``EngineDied``."""
         self._die("it was closed")

@@ -43,6 +43,14 @@ FIRST, LATER = 0, 1
 """Priorities: an engine serves the lower number first. Probes and answers go before thinking."""
 
 
+LOGPROB_ROUNDING = 1e-3
+"""How far above 0 a log-probability may come by rounding."""
+
+
+class GarbageError(RuntimeError):
+    """An engine whose arithmetic is broken: what it answers must not be trained on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one request is sampled."""
@@ -70,6 +78,11 @@ class Chunk:
     """Of the weights that sampled each token."""
     finish: Literal["stop", "length"] | None
     """Set with the last tokens: ended by a stop token, or by its token limit."""
+
+    def __post_init__(self) -> None:
+        for logprob in self.logprobs:
+            if not -math.inf < logprob <= LOGPROB_ROUNDING:
+                raise GarbageError(f"the engine answers garbage: a sampled token's log-probability is {logprob}")
 
 
 class Engine(Protocol):

@@ -21,6 +21,7 @@ from stepgrpo.reward.graded import grade_group
 from stepgrpo.reward.outcome import make_grader
 from stepgrpo.tokens import Codec
 from stepgrpo.types import GradedGroup, Group, Prompt, WeightVersion
+from stepgrpo.watchdog import Whereabouts, whereabouts
 from stepgrpo.weights import SharedWeights, WeightsError
 
 
@@ -98,6 +99,17 @@ class RolloutWorker:
                     return await self._engine.load(weights.version, path, table)
             except WeightsError:
                 continue  # other workers of the node have stored two newer versions since
+
+    async def whereabouts(self) -> Whereabouts:
+        return whereabouts()
+
+    async def ping(self) -> None:
+        """Return once the engine has answered.
+
+        Raises:
+            EngineDied: if the engine died.
+        """
+        await self._engine.ping()
 
     async def close(self) -> None:
         """Give the shared memory back and stop the engine process; also after a start that failed."""

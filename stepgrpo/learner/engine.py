@@ -1,7 +1,8 @@
-"""The policy under DeepSpeed ZeRO-3: log-probabilities, updates, shards and checkpoints of one rank.
+"""The policy under DeepSpeed ZeRO-3: log-probabilities, updates, shards and state of one rank.
 
 The only file that imports deepspeed, which reads ``DS_ACCELERATOR`` when it is imported: set that before. Every public
-method except ``shards`` is a collective: all ranks call it, in the same order, with equally many micro-batches.
+method except ``shards`` and ``snapshot`` is a collective: all ranks call it, in the same order, with equally many
+micro-batches.
 """
 
 from __future__ import annotations
@@ -21,12 +22,19 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations import HfDeepSpeedConfig
 
 from stepgrpo.config import LearnerConfig, ModelConfig
+from stepgrpo.learner import state
 from stepgrpo.learner.batch import MicroBatch
 from stepgrpo.learner.loss import LossTokens, Sums
 from stepgrpo.types import FloatArray
@@ -209,6 +217,14 @@ class LearnerEngine:
             config=settings | {"zero_optimization": settings["zero_optimization"] | (offload if use_offload else {})},
         )
         self._policy.train()
+        # As AdamW makes them at its first update, before which a checkpoint may be taken or restored.
+        for flat in self._optimizer.fp32_partitioned_groups_flat:
+            self._optimizer.optimizer.state[flat] = {
+                "step": torch.zeros((), device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        self._max_skips, self._num_skips = config.max_skips, 0
 
         self._reference: DeepSpeedEngine | None = None
         if with_reference:
@@ -239,10 +255,11 @@ class LearnerEngine:
 
         Returns:
             The objective's metrics (nan where no token counts), ``policy/entropy``, ``policy/lr``,
-            ``policy/grad_norm`` and ``policy/loss_tokens``, the same on all ranks.
+            ``policy/grad_norm``, ``policy/loss_tokens`` and ``policy/skipped``, the same on all ranks. An update whose
+            loss or gradient is not finite is skipped: weights and optimizer stay as they were.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the weights are those before the update.
+            FloatingPointError: it was the last of ``max_skips`` skipped updates in a row.
         """
         assert batches, "a rank without work passes an empty micro-batch"
         for group in self._optimizer.param_groups:
@@ -251,19 +268,25 @@ class LearnerEngine:
         for batch in batches:
             logprobs, entropy = self._policy(*self._inputs(batch))
             loss, parts = objective(logprobs, self._loss_tokens(batch, own_version))
-            self._policy.backward(loss * dist.get_world_size())
+            # A loss that is not finite must not have a finite gradient: DeepSpeed sees only that, after the reduction.
+            factor = torch.where(loss.detach().isfinite(), float(dist.get_world_size()), math.nan)
+            self._policy.backward(loss * factor)
             sums.append(parts | {"policy/entropy": (entropy.sum(), entropy.new_tensor(len(entropy)))})
         self._policy.step()
         grad_norm = float(self._policy.get_global_grad_norm())
-        if not math.isfinite(grad_norm):
+        is_skipped = not math.isfinite(grad_norm)
+        self._num_skips = self._num_skips + 1 if is_skipped else 0
+        if self._num_skips == self._max_skips:
             raise FloatingPointError(
-                f"gradient norm is {grad_norm}: this update was not made; start again with a lower learner.lr"
+                f"loss or gradient was not finite in {self._num_skips} updates in a row (learner.max_skips), none of "
+                "which was made; start again with a lower learner.lr"
             )
         means, counts = _combine(sums)
         return means | {
             "policy/lr": lr,
             "policy/grad_norm": grad_norm,
             "policy/loss_tokens": counts["policy/entropy"],
+            "policy/skipped": float(is_skipped),
         }
 
     def shards(self) -> Iterator[Piece]:
@@ -272,13 +295,60 @@ class LearnerEngine:
         No communication, and on CPU no copy: the pieces are views that the next update changes. All ranks' pieces of a
         parameter, by ``start``, are the whole parameter. Tied parameters appear once, under the first name.
         """
-        for name, param in self._policy.module.model.named_parameters():
-            piece = param.ds_tensor.detach()
-            start = dist.get_rank() * piece.numel()
-            piece = piece[: max(0, param.ds_numel - start)]  # the last rank's is padded
-            if len(piece):
-                data = piece.cpu().view(torch.uint8).numpy()
-                yield Piece(name, str(piece.dtype).removeprefix("torch."), tuple(param.ds_shape), start, data)
+        for name, param, start, size in self._partitions():
+            piece = param.ds_tensor.detach()[:size]
+            data = piece.cpu().view(torch.uint8).numpy()
+            yield Piece(name, str(piece.dtype).removeprefix("torch."), tuple(param.ds_shape), start, data)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """This rank's share of the training state, copied to the host: tensors and metadata of its file, see ``state``.
+
+        No communication; the next update may begin when this returns.
+        """
+        tensors: dict[str, Tensor] = {}
+        pieces: dict[str, state.Place] = {}
+        for name, param, start, size in self._partitions():
+            pieces[name] = {"start": start, "shape": list(param.ds_shape)}
+            for kind in state.KINDS:
+                is_master = kind == state.MASTER
+                share = safe_get_local_fp32_param(param) if is_master else safe_get_local_optimizer_state(param, kind)
+                tensors[f"{kind}/{name}"] = share.detach()[:size].to("cpu", copy=True)
+        tensors |= {f"rng/{device}": rng.get_rng_state() for device, rng in self._generators().items()}
+        return tensors, state.metadata(dist.get_rank(), self._step(), pieces)
+
+    @torch.no_grad()
+    def restore(self, paths: Sequence[Path]) -> None:
+        """Take weights, optimizer and random numbers from a checkpoint, of however many ranks.
+
+        With equally many ranks the next update is bit for bit the one that would have followed.
+
+        Args:
+            paths: files of all its ranks, or, of equally many, of this one.
+
+        Raises:
+            ValueError: it is of another model, or incomplete.
+        """
+        files = state.StateFiles(paths)
+        model = self._policy.module.model
+        partitions = list(self._partitions())
+        files.check({n: tuple(p.ds_shape) for n, p in model.named_parameters()}, [n for n, *_ in partitions])
+        for name, param, start, size in partitions:
+            for kind in state.KINDS:
+                share = torch.zeros(param.ds_tensor.numel())
+                share[:size] = torch.from_numpy(files.read(kind, name, start, size))
+                if kind == state.MASTER:
+                    safe_set_local_fp32_param(param, share)
+                    param.ds_tensor.copy_(share)
+                else:
+                    safe_set_local_optimizer_state(param, share, kind)
+        for adam in self._optimizer.optimizer.state.values():
+            adam["step"].fill_(files.step)
+        generators = self._generators()
+        for device, rng_state in files.rng(dist.get_rank()).items():
+            if device in generators:
+                generators[device].set_rng_state(torch.from_numpy(rng_state))
+        self._num_skips = 0
+        self._policy.empty_partition_cache()  # parameters that stay gathered are gathered anew
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the policy as a plain Hugging Face directory, tokenizer included; it appears whole or not at all.
@@ -312,6 +382,22 @@ class LearnerEngine:
         for engine in (self._policy, self._reference):
             if engine is not None:
                 engine.destroy()
+
+    def _partitions(self) -> Iterator[tuple[str, Any, int, int]]:
+        """(name, parameter, start, size) of this rank's piece of each flattened parameter, where it has any."""
+        for name, param in self._policy.module.model.named_parameters():
+            start = dist.get_rank() * param.ds_tensor.numel()
+            size = min(param.ds_tensor.numel(), param.ds_numel - start)  # the last ranks' are padded
+            if size > 0:
+                yield name, param, start, size
+
+    def _step(self) -> int:
+        """Updates made, by AdamW's count."""
+        return int(next(iter(self._optimizer.optimizer.state.values()))["step"])
+
+    def _generators(self) -> dict[str, Any]:
+        """Device -> what has ``get_rng_state`` and ``set_rng_state``."""
+        return {"cpu": torch} | ({"cuda": torch.cuda} if self._device.type == "cuda" else {})
 
     def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return (

@@ -17,13 +17,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from ray.exceptions import ObjectLostError
 
+from stepgrpo import groups as groups_file
+from stepgrpo.checkpoint import FileEntry, fetch, put
 from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig, RolloutConfig
+from stepgrpo.learner import state
 from stepgrpo.learner.batch import MicroBatch, Plan, Row, collate, pair_sample, partition, sample_of
 from stepgrpo.reward.graded import grade_group
 from stepgrpo.reward.outcome import make_grader
 from stepgrpo.reward.steps import make_step_rule
 from stepgrpo.types import GradedGroup, Group, IntArray
+from stepgrpo.watchdog import Whereabouts, whereabouts
 from stepgrpo.weights import Manifest, pack
 
 if TYPE_CHECKING:
@@ -66,6 +71,7 @@ class LearnerWorker:
         self._grader = None if reward is None else make_grader(reward, model.think_close)
         self._with_reference = reward is not None and config.kl_coef > 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._fetched: dict[int, Group] = {}
         self._turn = asyncio.Lock()  # first come, first served: calls reach the thread in the order they were made
         self._engine: LearnerEngine
 
@@ -74,6 +80,10 @@ class LearnerWorker:
         with socket.socket() as s:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    async def whereabouts(self) -> Whereabouts:
+        """Answered also while the engine works."""
+        return whereabouts()
 
     async def setup(self, master_addr: str, master_port: int) -> None:
         """Join the other ranks and build the engine. Returns when all have."""
@@ -109,6 +119,24 @@ class LearnerWorker:
             train_exit_tokens=self._config.train_exit_tokens,
         )
 
+    async def fetch(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> list[int]:
+        """Have the groups here that this rank trains on, before any rank waits for another in a collective.
+
+        Args:
+            plan, groups: as for the ``update`` that follows.
+
+        Returns:
+            Draws whose group was lost with its node.
+        """
+        draws = sorted(plan.draws(self._rank))
+        found = await asyncio.gather(*(groups[d] for d in draws), return_exceptions=True)
+        self._fetched = {d: g for d, g in zip(draws, found, strict=True) if isinstance(g, Group)}
+        failed = {d: e for d, e in zip(draws, found, strict=True) if isinstance(e, BaseException)}
+        for e in failed.values():
+            if not isinstance(e, ObjectLostError):
+                raise e
+        return sorted(failed)
+
     async def update(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> list[dict[str, float]]:
         """Train on one rollout batch.
 
@@ -126,8 +154,9 @@ class LearnerWorker:
         draws = sorted(plan.draws(self._rank))
         # Within the turn: fetched before it, a later call could overtake this one on some ranks.
         async with self._turn:
-            fetched = await asyncio.gather(*(groups[d] for d in draws))
-            return await self._in_thread(self._update, plan, dict(zip(draws, fetched, strict=True)))
+            here, self._fetched = self._fetched, {}
+            fetched = {d: here[d] if d in here else await groups[d] for d in draws}
+            return await self._in_thread(self._update, plan, fetched)
 
     def _update(self, plan: Plan, groups: Mapping[int, Group]) -> list[dict[str, float]]:
         from stepgrpo.learner.loss import policy_loss
@@ -201,6 +230,55 @@ class LearnerWorker:
     async def save(self, directory: str) -> None:
         """Write the policy as a Hugging Face directory; a collective, rank 0 writes."""
         await self._run(self._engine.save_pretrained, directory)
+
+    async def checkpoint(self, place: str, name: str, groups: Mapping[int, Awaitable[Group]]) -> list[FileEntry]:
+        """Put this rank's files into a checkpoint; it is the driver who commits it.
+
+        The state is that of the moment when this call's turn comes. Only its copy keeps the learner, not the writing.
+
+        Args:
+            groups: draw -> reference, for the groups that are finished but not yet trained on: rank 0 writes them, the
+                others need none.
+
+        Raises:
+            OSError: as ``checkpoint.put`` does, on a full disk for example.
+        """
+        tensors, metadata = await self._run(self._engine.snapshot)
+        own = state.file_name(self._rank, self._world_size)
+        entries = [await asyncio.to_thread(put, place, name, own, state.serialized(tensors, metadata))]
+        if self._rank == 0:
+            fetched = await asyncio.gather(*(groups[d] for d in sorted(groups)))
+            entries.append(
+                await asyncio.to_thread(lambda: put(place, name, groups_file.FILE, groups_file.dump(fetched)))
+            )
+        return entries
+
+    async def restore(self, place: str, name: str, files: Sequence[str], num_updates: int) -> None:
+        """Take weights, optimizer and random numbers from a checkpoint of however many ranks.
+
+        Args:
+            files: names of all the checkpoint's files.
+            num_updates: updates made until then, for the learning rate's schedule.
+
+        Raises:
+            ValueError: it is of another model, or incomplete.
+            CheckpointError: as ``checkpoint.fetch`` does.
+        """
+
+        def load() -> None:
+            needed = state.files_for(self._rank, self._world_size, files)
+            self._engine.restore([fetch(place, name, f) for f in needed])
+            self._num_updates = num_updates
+
+        await self._run(load)
+
+    async def restore_groups(self, place: str, name: str) -> dict[int, list[Any]]:
+        """Put a checkpoint's groups into the object store: draw -> list of one reference. Asked of rank 0."""
+
+        def load() -> dict[int, list[Any]]:
+            return {g.draw: [ray.put(g)] for g in groups_file.load(fetch(place, name, groups_file.FILE))}
+
+        return await asyncio.to_thread(load)
 
     async def close(self) -> None:
         """Stop the grading processes and release the engine."""

@@ -1,0 +1,5 @@
+"""``python -m stepgrpo``."""
+
+from stepgrpo.cli import main
+
+main()

@@ -1,0 +1,184 @@
+"""What an interrupted run goes on from: its last good checkpoint, the same settings, the same model and data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stepgrpo import checkpoint, rundir
+from stepgrpo.checkpoint import CheckpointError, Manifest
+from stepgrpo.config import Config, ConfigError, flat
+from stepgrpo.console import Display
+from stepgrpo.data import Problem
+
+AUTO, LAST = "auto", "last"
+
+_MAY_CHANGE = (
+    "name",
+    "runs_dir",
+    "model.path",  # what lies there is looked at
+    "data.train",
+    "data.eval",
+    "cluster",
+    "engine",
+    "checkpoint",
+    "rollout.workers",
+    "rollout.health_seconds",
+    "learner.num_ranks",
+    "learner.max_skips",
+    "learner.micro_batch_tokens",
+    "learner.logprob_chunk_tokens",
+    "learner.gradient_checkpointing",
+    "learner.offload_optimizer",
+    "learner.bucket_mb",
+    "reward.grade_timeout",
+    "reward.grade_memory_mb",
+    "reward.grade_processes",
+    "train.num_batches",
+    "train.max_failures",
+    "train.sample_every",
+    "train.max_restarts",
+    "train.wait_warning",
+    "train.wait_limit",
+    "train.wandb",
+    "train.wandb_project",
+)
+"""Settings that decide where and how long a run runs, and not what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins."""
+
+    restart: int = 0
+    """How often it was begun before. With their number it names weights: (restart, n) is never used twice."""
+    name: str | None = None
+    """The checkpoint; None: the beginning."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What ``train.Loop`` keeps in a checkpoint."""
+    files: tuple[str, ...] = ()
+    """Names of the checkpoint's files."""
+
+
+def claim(config: Config, resume: str | None, display: Display) -> Start:
+    """Take the run directory, empty or for going on.
+
+    Args:
+        resume: None: a new run; `last`: from the last good checkpoint; `auto`: the same, or from the beginning where
+            there is none yet; otherwise the name of a checkpoint.
+
+    Raises:
+        ConfigError: there is nothing to go on from, or it is another run's.
+    """
+    directory, place = config.run_dir, config.checkpoint_place
+    if resume is None or (resume == AUTO and rundir.is_free(directory)):
+        rundir.claim(directory)
+        return Start()
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"--resume: {directory} holds no run to go on with; leave --resume out to begin one")
+    if _status(directory) == "finished" and _batches(directory) >= config.train.num_batches:
+        raise ConfigError(
+            f"--resume: {directory} is finished ({config.train.num_batches} batches); raise train.num_batches to go on"
+        )
+    restart = sum(e["kind"] == "start" for e in rundir.read_json_lines(directory / "events.jsonl"))
+    try:
+        manifest = _chosen(place, resume, display)
+    except CheckpointError as e:
+        raise ConfigError(f"--resume: {e}") from None
+    if manifest is None:
+        _same_settings(json.loads((directory / "config.json").read_text()), config)
+        return Start(restart)
+    _same_settings(manifest.meta["settings"], config)
+    return Start(restart, manifest.name, manifest.meta, tuple(f.name for f in manifest.files))
+
+
+def begin(config: Config, start: Start) -> int:
+    """Void what the run's files say of later batches than the checkpoint's; returns the number of lines."""
+    directory = config.run_dir
+    voided = rundir.roll_back(directory, start.meta.get("batch", 0))
+    if start.restart and start.name is None:
+        for leftover in ("heldout.json", "summary.json", "error.txt"):
+            (directory / leftover).unlink(missing_ok=True)
+    event = {"restart": start.restart, "checkpoint": start.name, "voided": voided}
+    rundir.append_event(directory, "start", **event)
+    return voided
+
+
+def digest(problems: Sequence[Problem]) -> str:
+    """Of what the draws are drawn from, in its order."""
+    sha = hashlib.sha256()
+    for p in problems:
+        sha.update(f"{p.key}\0{p.truth}\0{len(p.token_ids)}\0".encode())
+        sha.update(p.token_ids.tobytes())
+    return sha.hexdigest()
+
+
+def check_inputs(start: Start, inputs: dict[str, str]) -> None:
+    """Refuse to go on with another model, or data that changed on disk.
+
+    Args:
+        inputs: field -> digest, as they are now.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    then = start.meta.get("inputs", inputs)
+    for name, digest in inputs.items():
+        if then.get(name) != digest:
+            raise ConfigError(
+                f"--resume: {name} is not what it was when {start.name} was written; restore it, or start a new run"
+            )
+
+
+def _chosen(place: str, resume: str, display: Display) -> Manifest | None:
+    if resume not in (AUTO, LAST):
+        try:
+            manifest = checkpoint.verify(place, resume)
+        except CheckpointError as e:
+            others = [n for n in checkpoint.names(place) if n != resume]
+            hint = f"; there are {', '.join(others)}" if others else ""
+            raise CheckpointError(f"{e}{hint}") from None
+        # The way from there on is taken anew: what lies behind it would be taken for its continuation.
+        for later in [n for n in checkpoint.names(place) if n > resume]:
+            display.warn(f"{later} lies behind {resume} and is removed")
+            checkpoint.discard(place, later)
+        return manifest
+    if not checkpoint.names(place) and not (resume == LAST and checkpoint.half_written(place)):
+        if resume == AUTO:
+            display.warn(f"{place} holds no checkpoint yet: the run begins anew")
+            return None
+        raise CheckpointError(f"{place} holds no checkpoint; with --resume auto the run begins anew")
+    manifest, refusals = checkpoint.newest(place)
+    for refusal in refusals:
+        display.warn(f"refused: {refusal}")
+    if refusals:
+        display.warn(f"going on from {manifest.name} instead")
+    return manifest
+
+
+def _same_settings(then: dict[str, Any], config: Config) -> None:
+    a, b = flat(then), flat(json.loads(config.model_dump_json()))
+    for key in sorted(a.keys() & b.keys()):
+        if a[key] == b[key] or any(f"{key}.".startswith(f"{k}.") for k in _MAY_CHANGE):
+            continue
+        raise ConfigError(
+            f"--resume: {key}: got {b[key]!r}, the run has {a[key]!r}; resume it as it is, or start a new run"
+        )
+    if then["train"]["num_batches"] != config.train.num_batches and config.learner.schedule != "constant":
+        raise ConfigError(
+            f"--resume: train.num_batches: got {config.train.num_batches}, the run has {then['train']['num_batches']}, "
+            f"on which its {config.learner.schedule} learner.schedule depends"
+        )
+
+
+def _status(directory: Path) -> str | None:
+    path = directory / "summary.json"
+    return json.loads(path.read_text())["status"] if path.is_file() else None
+
+
+def _batches(directory: Path) -> int:
+    return max((line["batch"] + 1 for line in rundir.read_json_lines(directory / "draws.jsonl")), default=0)

@@ -1,0 +1,183 @@
+"""Runs the driver as a child process and starts it again where that may help.
+
+Nothing of a dead driver survives: its orphans (Ray's processes, engines, graders) become children of the supervisor,
+which ends them before the next start, and removes what lies in its scratch directory and in shared memory. Of a cluster
+that the driver only joined, there is nothing here to end: Ray ends the actors of a driver that died.
+
+Linux only, as is all that it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from stepgrpo.console import Display, clock
+from stepgrpo.launch import SCRATCH
+from stepgrpo.weights import SharedWeights
+
+RECOVERABLE = os.EX_TEMPFAIL
+"""Exit status of a driver that asks to be started again from its last checkpoint."""
+RESUME = ("--resume", "auto")
+
+FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0
+# Of the end of descendants: asked first, then killed, then given up on.
+GRACE_SECONDS = 2.0
+PATIENCE_SECONDS = 30.0
+
+_WISHES = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
+_SI_KERNEL = 0x80  # si_code of a key pressed at the terminal, which every process of the foreground group gets
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def run(
+    command: Sequence[str], *, max_restarts: int, display: Display, progress: Callable[[], object] = lambda: None
+) -> int:
+    """Run ``command`` on this terminal until it ends for good; call it from the main thread.
+
+    Started again, with ``--resume auto``, is a driver that was killed by a signal or ended with ``RECOVERABLE``. All
+    else is final: success, a setting to be changed, an error of the program's, and an end that somebody wished by
+    SIGINT, SIGTERM or SIGHUP, which are passed on to the driver. A second Ctrl-C kills it.
+
+    Args:
+        max_restarts: in a row without progress.
+        progress: its value changes with every new checkpoint; must not raise.
+
+    Returns:
+        The exit status of the last driver, 128 + n where signal n ended it.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    causes: list[str] = []
+    reached = progress()
+    with _blocked() as (wishes, mask):
+        while True:
+            scratch, start = tempfile.mkdtemp(prefix="sg", dir="/tmp"), time.monotonic()
+            driver = subprocess.Popen(
+                command,
+                # vLLM's sockets, which it would leave in /tmp
+                env={**os.environ, SCRATCH: scratch, "VLLM_RPC_BASE_PATH": scratch},
+                preexec_fn=partial(_born, mask, os.getpid()),
+            )
+            status, wished = _until_end(driver, wishes)
+            cause = f"the driver {_end(status)} after {clock(time.monotonic() - start)}"
+            if left := _end_descendants():
+                display.warn(f"could not be killed: processes {', '.join(map(str, left))}")
+            if (now := progress()) != reached:
+                reached = now
+                causes.clear()
+            causes.append(cause)
+            recoverable = not wished and (status == RECOVERABLE or (status < 0 and -status not in _WISHES))
+            restart = recoverable and len(causes) <= max_restarts
+            _remove(scratch, keep_logs=status >= 0 and not restart)
+            if not restart:
+                if recoverable:
+                    first = f"; the first time, {causes[0]}" if len(causes) > 1 else ""
+                    display.warn(f"{cause}: given up after {max_restarts} restart(s) without a new checkpoint{first}")
+                return status if status >= 0 else 128 - status
+            pause = min(FIRST_BACKOFF_SECONDS * 2.0 ** (len(causes) - 1), MAX_BACKOFF_SECONDS)
+            display.warn(f"{cause}: restart {len(causes)} of {max_restarts} in {pause:g} s")
+            if wish := signal.sigtimedwait(wishes, pause):
+                return 128 + wish.si_signo
+            if tuple(command[-2:]) != RESUME:
+                command = [*command, *RESUME]
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
+    """Signals wait until they are asked for. Yields those that express a wish, and the mask as it was."""
+    wishes = {s for s in _WISHES if signal.getsignal(s) is not signal.SIG_IGN}  # as SIGHUP is under nohup
+    mask = {signal.Signals(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, wishes | {signal.SIGCHLD})}
+    try:
+        yield wishes, mask
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _born(mask: Collection[int], supervisor: int) -> None:
+    """In the child, before it runs the command: a driver that lost its supervisor ends too."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != supervisor:
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _until_end(driver: subprocess.Popen[bytes], wishes: Collection[int]) -> tuple[int, bool]:
+    """The driver's exit status, negative for a signal, and whether somebody wished it to end."""
+    wished = False
+    while (status := _reap(driver.pid)) is None:
+        sent = signal.sigwaitinfo([*wishes, signal.SIGCHLD])
+        if sent.si_signo == signal.SIGCHLD:
+            continue
+        if wished and sent.si_signo == signal.SIGINT:
+            os.kill(driver.pid, signal.SIGKILL)
+        elif sent.si_code != _SI_KERNEL:
+            os.kill(driver.pid, sent.si_signo)
+        wished = True
+    driver.returncode = status  # taken from under Popen, which would warn
+    return status, wished
+
+
+def _reap(driver: int | None = None) -> int | None:
+    """Take leave of children that ended, orphans among them; the driver's exit status, if it is one of them."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == driver:
+                return os.waitstatus_to_exitcode(ended[1])
+    return None
+
+
+def _end(status: int) -> str:
+    return f"ended with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
+
+
+def _end_descendants() -> list[int]:
+    """End them all, also those that are born meanwhile; returns those that withstand."""
+    start, asked = time.monotonic(), set()
+    while True:
+        _reap()
+        left = psutil.Process().children(recursive=True)
+        waited = time.monotonic() - start
+        if not left or waited > PATIENCE_SECONDS:
+            return [p.pid for p in left]
+        for p in left:
+            with contextlib.suppress(psutil.Error):
+                # Python's resource trackers end by themselves, after they removed the shared memory of the others.
+                if waited > GRACE_SECONDS * (1 + any("resource_tracker" in word for word in p.cmdline())):
+                    p.kill()
+                elif p not in asked:
+                    asked.add(p)
+                    p.terminate()
+        signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+
+
+def _remove(scratch: str, *, keep_logs: bool) -> None:
+    """Remove the scratch directory.
+
+    Args:
+        keep_logs: what a driver left there that ended by itself are logs, of which its error message speaks.
+    """
+    if keep_logs:
+        with contextlib.suppress(OSError):
+            os.rmdir(scratch)
+    else:
+        shutil.rmtree(scratch, ignore_errors=True)
+    # Whoever joins removes what dead owners left beside it.
+    SharedWeights(Path("/dev/shm") / f"stepgrpo-{os.getuid()}-{Path(scratch).name}").close()
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}): {os.strerror(error)}")
