@@ -71,8 +71,9 @@ def train(
             return
         if settings.train.max_restarts and launch.SCRATCH not in os.environ:
             _supervise(settings, display)
-        from stepgrpo import run
+        from stepgrpo import run, supervise
 
+        supervise.mark_end()
         summary = run.train(settings, display, resume)
         _print_summary(display, summary, settings.run_dir)
 

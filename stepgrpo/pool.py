@@ -285,9 +285,13 @@ class Pool:
         """Stop all workers; what is still starting is given up."""
         for task in self._tasks:
             task.cancel()
+        up = [*self.seats, *self._leaving]
         with suppress(Exception):
             async with asyncio.timeout(CLOSE_SECONDS):
-                await launch.together(s.actor.close.remote() for s in (*self.seats, *self._leaving))
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+                await launch.together(s.actor.close.remote() for s in up)
+        for seat in up:
+            _release(seat.group)
 
     # ---- one place
 

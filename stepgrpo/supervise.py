@@ -9,6 +9,7 @@ Linux only, as is all that it runs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -36,6 +37,7 @@ FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0
 GRACE_SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
 
+_ENDED = "ended"
 _WISHES = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
 _SI_KERNEL = 0x80  # si_code of a key pressed at the terminal, which every process of the foreground group gets
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -47,9 +49,9 @@ def run(
 ) -> int:
     """Run ``command`` on this terminal until it ends for good; call it from the main thread.
 
-    Started again, with ``--resume auto``, is a driver that was killed by a signal or ended with ``RECOVERABLE``. All
-    else is final: success, a setting to be changed, an error of the program's, and an end that somebody wished by
-    SIGINT, SIGTERM or SIGHUP, which are passed on to the driver. A second Ctrl-C kills it.
+    Started again, with ``--resume auto``, is a driver that ended with ``RECOVERABLE``, or did not end by itself
+    (``mark_end``). All else is final: success, a setting to be changed, an error of the program's, and an end that
+    somebody wished by SIGINT, SIGTERM or SIGHUP, which are passed on to the driver. A second Ctrl-C kills it.
 
     Args:
         max_restarts: in a row without progress.
@@ -78,7 +80,11 @@ def run(
                 reached = now
                 causes.clear()
             causes.append(cause)
-            recoverable = not wished and (status == RECOVERABLE or (status < 0 and -status not in _WISHES))
+            mark = Path(scratch) / _ENDED
+            # Ray's core ends a driver that lost its cluster with status 1.
+            own_end = mark.exists() and status != RECOVERABLE
+            mark.unlink(missing_ok=True)
+            recoverable = not wished and not own_end and -status not in _WISHES
             restart = recoverable and len(causes) <= max_restarts
             _remove(scratch, keep_logs=status >= 0 and not restart)
             if not restart:
@@ -92,6 +98,12 @@ def run(
                 return 128 + wish.si_signo
             if tuple(command[-2:]) != RESUME:
                 command = [*command, *RESUME]
+
+
+def mark_end() -> None:
+    """In the driver: leave a mark for the supervisor when Python ends, however it ends; not where it is killed."""
+    if scratch := os.environ.get(SCRATCH):
+        atexit.register((Path(scratch) / _ENDED).touch)
 
 
 @contextlib.contextmanager

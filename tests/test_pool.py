@@ -107,7 +107,7 @@ def add_node(cluster: Cluster) -> Iterator[Callable[[], Any]]:
 @asynccontextmanager
 async def pool_of(directory: Path, least: int, most: int, **settings: Any) -> AsyncIterator[Pool]:
     actor = ray.remote(Worker)
-    keywords: dict[str, Any] = {"health_seconds": 2.0, "start_timeout": SECONDS, "max_failures": 3} | settings
+    keywords: dict[str, Any] = {"health_seconds": 15.0, "start_timeout": SECONDS, "max_failures": 3} | settings
     pool = Pool(
         lambda index, options: actor.options(**options).remote(index, directory / "broken"),
         Bundle("rollout.workers", 1.0, 0),
@@ -155,17 +155,17 @@ async def test_a_killed_worker_is_replaced_in_its_place_and_the_event_names_its_
 
 async def test_a_hung_worker_is_noticed_in_time_killed_and_replaced(tmp_path: Path, add_node) -> None:
     add_node()
-    async with pool_of(tmp_path, 1, 1) as pool, pool.serving():
+    async with pool_of(tmp_path, 1, 1, health_seconds=4.0) as pool, pool.serving():
         seat = pool.seats[0]
         pid = await seat.actor.pid.remote()
         started = time.monotonic()
         os.kill(pid, signal.SIGSTOP)
         await until(pool, lambda: seat.lost)
-        assert time.monotonic() - started < 2 * 2.0
+        assert time.monotonic() - started < 2 * 4.0
         await until(pool, lambda: bool(pool.seats))
         psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=SECONDS)
         assert not psutil.pid_exists(pid)
-    assert "no answer within 2 s (rollout.health_seconds)" in events(tmp_path)[0]["reason"]
+    assert "no answer within 4 s (rollout.health_seconds)" in events(tmp_path)[0]["reason"]
 
 
 async def test_a_new_worker_takes_no_work_before_it_has_the_weights(tmp_path: Path, add_node) -> None:
@@ -250,6 +250,7 @@ async def test_a_new_node_is_used_and_a_lost_one_is_one_failure(tmp_path: Path, 
         assert len({s.node for s in pool.seats}) == 2
         cluster.remove_node(first, allow_graceful=False)
         await until(pool, lambda: pool.deaths == 2)
+        assert {e["node"] for e in events(tmp_path) if e["kind"] == "death"} == old
         assert not old & {s.node for s in pool.seats} and len(pool.seats) == 2
 
 
@@ -263,7 +264,7 @@ async def test_a_drained_node_is_left_when_its_work_is_done(tmp_path: Path, add_
         accepted, why = gcs.drain_node(seat.node, 2, "spot", int((time.time() + SECONDS) * 1000))  # 2: preemption
         assert accepted, why
         await until(pool, lambda: bool(pool.seats) and pool.seats[0] is not seat)
-        assert not seat.lost, "it has work to do"
+        assert not seat.lost, events(tmp_path)
         seat.draws.clear()
         await until(pool, lambda: seat.lost)
         assert pool.deaths == 0

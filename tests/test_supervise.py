@@ -35,12 +35,14 @@ sys.exit(status)
 DRIVER = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
+from stepgrpo.supervise import mark_end
 here = Path(__file__).parent
 starts = here / "starts"
 n = len(starts.read_text().splitlines()) if starts.exists() else 0
 with starts.open("a") as f:
     f.write(json.dumps(sys.argv[1:]) + "\\n")
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
+mark_end()
 def ready(): print("ready", flush=True)
 """
 
@@ -75,6 +77,12 @@ def test_a_killed_driver_is_started_again_from_its_checkpoint(tmp_path):
         "the driver was killed by SIGKILL after N s: restart 1 of 3 in 0.01 s",
         "the driver was killed by SIGKILL after N s: restart 2 of 3 in 0.02 s",
     ]
+
+
+def test_a_driver_that_is_ended_from_within_its_libraries_is_started_again(tmp_path):
+    status, words = ends(tmp_path, "if n == 0: os._exit(1)")
+    assert status == 0 and len(starts(tmp_path)) == 2
+    assert words.startswith("the driver ended with status 1 after N s: restart 1 of 3")
 
 
 def test_the_last_word_of_the_supervisor_names_the_first_cause_too(tmp_path):
@@ -216,7 +224,8 @@ sys.exit(3 if signal.sigtimedwait([signal.SIGINT], 0.5) else 4)
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(command[0], command)
-    assert os.read(terminal, 100) == b"ready\r\n"
+    with os.fdopen(os.dup(terminal), "rb", buffering=0) as output:
+        assert output.readline() == b"ready\r\n"
     os.write(terminal, b"\x03")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 4
     os.close(terminal)
