@@ -11,7 +11,7 @@ from typing import Any
 
 from stepgrpo import checkpoint, rundir
 from stepgrpo.checkpoint import CheckpointError, Manifest
-from stepgrpo.config import Config, ConfigError, flat
+from stepgrpo.config import Config, ConfigError, flat, validate
 from stepgrpo.console import Display
 from stepgrpo.data import Problem
 
@@ -161,17 +161,21 @@ def _chosen(place: str, resume: str, display: Display) -> Manifest | None:
 
 
 def _same_settings(then: dict[str, Any], config: Config) -> None:
-    a, b = flat(then), flat(json.loads(config.model_dump_json()))
-    for key in sorted(a.keys() & b.keys()):
-        if a[key] == b[key] or any(f"{key}.".startswith(f"{k}.") for k in _MAY_CHANGE):
-            continue
+    try:
+        before = validate(Config, then)
+    except ConfigError as e:
+        raise ConfigError(f"--resume: the run was begun with settings that this version does not know: {e}") from None
+    a, b = (flat(c.model_dump(mode="json")) for c in (before, config))
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) != b.get(key) and not any(f"{key}.".startswith(f"{k}.") for k in _MAY_CHANGE):
+            raise ConfigError(
+                f"--resume: {key}: got {b.get(key)!r}, the run has {a.get(key)!r}; resume it as it is, or begin a new one"
+            )
+    num_batches, schedule = before.train.num_batches, config.learner.schedule
+    if num_batches != config.train.num_batches and schedule != "constant":
         raise ConfigError(
-            f"--resume: {key}: got {b[key]!r}, the run has {a[key]!r}; resume it as it is, or start a new run"
-        )
-    if then["train"]["num_batches"] != config.train.num_batches and config.learner.schedule != "constant":
-        raise ConfigError(
-            f"--resume: train.num_batches: got {config.train.num_batches}, the run has {then['train']['num_batches']}, "
-            f"on which its {config.learner.schedule} learner.schedule depends"
+            f"--resume: train.num_batches: got {config.train.num_batches}, the run has {num_batches}, on which its "
+            f"{schedule} learner.schedule depends"
         )
 
 

@@ -319,8 +319,9 @@ async def test_a_group_that_went_away_with_its_node_is_known_as_lost(
         add_node()
         cluster.remove_node(node, allow_graceful=False)
         await until(pool, lambda: any(s.node != seat.node for s in pool.seats))
+        reader = next(s for s in pool.seats if s.node != seat.node)
         with pytest.raises(ray.exceptions.RayError) as error:
-            await pool.seats[0].actor.read.remote([ref])
+            await reader.actor.read.remote([ref])
         assert is_lost(error.value)
 
 
@@ -422,8 +423,9 @@ def test_a_run_survives_a_dead_engine_a_hung_engine_and_a_dead_worker(
     trained = [d for line in draws.read_text().splitlines() for d in json.loads(line)["trained"]]
     assert sorted(trained) == list(range(12 * 4)), "every draw once"
     happened = events(config.run_dir)
-    assert [e["kind"] for e in happened].count("death") == 3, happened
-    assert "no answer within 8 s" in " ".join(str(e["reason"]) for e in happened)
+    reasons = [e["reason"] for e in happened if e["kind"] == "death"]
+    assert len(reasons) == 3, happened
+    assert any("no answer within 8 s" in r for r in reasons), reasons
     metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["workers/deaths"] == 3
     assert screen.getvalue().count("is lost: ") == 3

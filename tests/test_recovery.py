@@ -1,0 +1,296 @@
+"""Runs that are cut off and go on: the same as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from stepgrpo import checkpoint, recovery, rundir
+from stepgrpo.cli import _with_value, app
+from stepgrpo.config import Config, ConfigError, load
+from stepgrpo.console import Display
+from stepgrpo.data import Problem
+from stepgrpo.launch import SCRATCH
+from tests.test_run import QUICKSTART, SMALL, STEPGRPO, read_lines
+
+ON_POLICY = [*SMALL, "train.max_staleness=0", "train.num_batches=5", "eval.every=2", "checkpoint.every=2"]
+SECRETS = {
+    "WANDB_API_KEY": "5ec4e7aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "HF_TOKEN": "hf_5ec4e7bbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+    "AWS_SECRET_ACCESS_KEY": "5ec4e7cccccccccccccccccccccccccccccccccc",
+}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a command of its own: with a supervisor, and without the tests' cluster."""
+    inherited = {k: v for k, v in os.environ.items() if k not in (SCRATCH, "RAY_ADDRESS")}
+    return inherited | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"} | more
+
+
+def command(directory: Path, name: str, settings: Sequence[str]) -> list[str]:
+    return [str(STEPGRPO), "train", str(QUICKSTART), f"runs_dir={directory}", f"name={name}", *settings]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    subprocess.run(command(directory, "run", ON_POLICY), env=environment(), check=True, capture_output=True)
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, whose driver was killed after its third batch; its words lie in `screen`."""
+    directory = tmp_path_factory.mktemp("killed")
+    run = directory / "run"
+    with (directory / "screen").open("w") as screen:
+        settings = [*ON_POLICY, "train.wandb=offline"]
+        supervisor = subprocess.Popen(
+            command(directory, "run", settings), env=environment(**SECRETS), stdout=screen, stderr=screen
+        )
+        deadline = time.monotonic() + 300
+        while not any(line["batch"] == 2 for line in rundir.read_json_lines(run / "draws.jsonl")):
+            assert supervisor.poll() is None and time.monotonic() < deadline, (directory / "screen").read_text()
+            time.sleep(0.02)
+        (driver,) = psutil.Process(supervisor.pid).children()
+        driver.send_signal(signal.SIGKILL)
+        assert supervisor.wait(300) == 0, (directory / "screen").read_text()
+    return run
+
+
+def test_a_killed_run_equals_the_uninterrupted_one_bit_for_bit(uninterrupted: Path, killed: Path) -> None:
+    screen = (killed.parent / "screen").read_text()
+    assert "the driver was killed by SIGKILL" in screen and "going on from r0000-batch-000002" in screen
+    timing = ("time/", "rate/", "checkpoint/", "discarded/")
+
+    def course(run: Path) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in line.items() if not k.startswith(timing) and k != "restart"}
+            for line in read_lines(run / "metrics.jsonl")
+        ]
+
+    assert course(killed) == course(uninterrupted)
+    weights, expected = (load_file(run / "model" / "model.safetensors") for run in (killed, uninterrupted))
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[k], expected[k]) for k in expected)
+
+    def held_out(run: Path) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in line.items() if k not in ("seconds", "restart")}
+            for line in read_lines(run / "evaluations.jsonl")
+        ]
+
+    assert held_out(killed) == held_out(uninterrupted)
+    assert (killed / "heldout.json").read_text() == (uninterrupted / "heldout.json").read_text()
+
+
+def test_after_a_kill_every_draw_is_trained_on_once(killed: Path) -> None:
+    lines = read_lines(killed / "draws.jsonl")
+    assert [line["batch"] for line in lines] == list(range(5))
+    assert [line["restart"] for line in lines] == [0, 0, 1, 1, 1]
+    assert sorted(d for line in lines for d in (*line["trained"], *line["filtered"])) == list(range(20))
+    starts = [e for e in read_lines(killed / "events.jsonl") if e["kind"] == "start"]
+    assert [(e["restart"], e["checkpoint"]) for e in starts] == [(0, None), (1, "r0000-batch-000002")]
+    assert starts[1]["voided"] > 0
+
+
+def test_a_run_keeps_its_wandb_id(killed: Path) -> None:
+    attempts = list((killed / "wandb").glob("offline-run-*"))
+    assert len(attempts) == 2 and len({path.name.split("-")[-1] for path in attempts}) == 1
+
+
+def test_no_secret_of_the_environment_reaches_what_a_run_leaves(killed: Path) -> None:
+    files = [path for path in killed.parent.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        raw = path.read_bytes()
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in raw], path
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_taken(killed: Path) -> None:
+    place = killed / "checkpoints"
+    last = checkpoint.names(place)[-1]
+    assert last == "r0001-batch-000005"
+    file = place / last / "learner-0-of-1.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    (killed / "summary.json").unlink()  # as if it had died before its end
+    settings = [*ON_POLICY, "learner.num_ranks=2", "cluster.cpus_per_rank=0.5"]  # two ranks, where there was one
+    resumed = subprocess.run(
+        [*command(killed.parent, "run", settings), "--resume"], env=environment(), capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stdout
+    assert f"refused: {last}: learner-0-of-1.safetensors: checksum differs" in resumed.stdout
+    assert "going on from r0001-batch-000004 instead" in resumed.stdout
+    lines = read_lines(killed / "draws.jsonl")
+    assert [(line["batch"], line["restart"]) for line in lines][-2:] == [(3, 1), (4, 2)]
+
+
+# ---- where a run may go on from
+
+
+def config_of(directory: Path, *overrides: str) -> Config:
+    return load(Config, QUICKSTART, [*SMALL, f"runs_dir={directory}", "name=run", *overrides])
+
+
+def began(directory: Path, *batches: int, **meta: Any) -> Config:
+    """A run that was cut off, with checkpoints at ``batches``."""
+    config = config_of(directory)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    rundir.save_json(config.run_dir / "config.json", config.model_dump())
+    rundir.append_event(config.run_dir, "start", restart=0, checkpoint=None, voided=0)
+    for batch in batches:
+        name = f"r0000-batch-{batch:06d}"
+        entry = checkpoint.put(config.checkpoint_place, name, "learner-0-of-1.safetensors", b"weights")
+        state = {"batch": batch, "settings": config.model_dump(mode="json"), "inputs": {"data.train": "a"}} | meta
+        checkpoint.commit(config.checkpoint_place, name, state, [entry])
+    return config
+
+
+def claimed(config: Config, resume: str | None) -> tuple[recovery.Start, str]:
+    screen = io.StringIO()
+    return recovery.claim(config, resume, Display(Console(file=screen, width=200))), screen.getvalue()
+
+
+def test_without_a_run_there_is_nothing_to_resume_but_auto_begins_one(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"--resume: .*run holds no run to go on with"):
+        claimed(config, "last")
+    assert claimed(config, "auto")[0] == recovery.Start()
+
+
+def test_a_run_is_not_begun_over_another_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"already holds a run; go on with it \(--resume\)"):
+        claimed(began(tmp_path), None)
+
+
+def test_without_a_checkpoint_auto_begins_anew_and_a_plain_resume_says_so(tmp_path: Path) -> None:
+    config = began(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds no checkpoint; with --resume auto the run begins anew"):
+        claimed(config, "last")
+    start, screen = claimed(config, "auto")
+    assert (start.restart, start.name) == (1, None) and "the run begins anew" in screen
+    (config.run_dir / "metrics.jsonl").write_text('{"batch": 0}\n{"batch": 1}\n')
+    (config.run_dir / "heldout.json").write_text("{}")
+    assert recovery.begin(config, start) == 2
+    assert (config.run_dir / "metrics.jsonl").read_text() == "" and not (config.run_dir / "heldout.json").exists()
+
+
+def test_the_newest_good_checkpoint_is_taken_or_the_one_that_is_named(tmp_path: Path) -> None:
+    config = began(tmp_path, 2, 4, 6)
+    assert claimed(config, "auto")[0].name == "r0000-batch-000006"
+    start, screen = claimed(config, "r0000-batch-000002")
+    assert (start.restart, start.name, start.files) == (1, "r0000-batch-000002", ("learner-0-of-1.safetensors",))
+    assert "r0000-batch-000004 lies behind r0000-batch-000002 and is removed" in screen
+    assert checkpoint.names(config.checkpoint_place) == ["r0000-batch-000002"]
+
+
+def test_a_name_that_is_no_checkpoint_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    config = began(tmp_path, 2)
+    with pytest.raises(ConfigError, match=r"batch-7: not in .*; there are r0000-batch-000002"):
+        claimed(config, "batch-7")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.lr=0.5", "learner.lr: got 0.5, the run has 0.0001"),
+        ("rollout.probe=null", "rollout.probe"),
+        ("learner.schedule=constant", "learner.schedule"),
+    ],
+)
+def test_other_settings_make_another_run(tmp_path: Path, override: str, message: str) -> None:
+    began(tmp_path, 2)
+    with pytest.raises(ConfigError, match=f"^--resume: {message}"):
+        claimed(config_of(tmp_path, override), "auto")
+
+
+@pytest.mark.parametrize(
+    "override", ["rollout.workers=3", "learner.num_ranks=2", "cluster.object_store_mb=99", "checkpoint.keep_last=9"]
+)
+def test_where_a_run_runs_may_change(tmp_path: Path, override: str) -> None:
+    began(tmp_path, 2)
+    assert claimed(config_of(tmp_path, override), "auto")[0].name == "r0000-batch-000002"
+
+
+def test_a_finished_run_goes_on_only_for_more_batches(tmp_path: Path) -> None:
+    config = began(tmp_path, 2)
+    rundir.save_json(config.run_dir / "summary.json", {"status": "finished"})
+    rundir.append_json(config.run_dir / "draws.jsonl", {"batch": config.train.num_batches - 1})
+    with pytest.raises(ConfigError, match=r"is finished .*; raise train.num_batches to go on"):
+        claimed(config, "auto")
+
+
+def test_more_batches_would_change_a_schedule_that_ends_with_the_last(tmp_path: Path) -> None:
+    config = began(tmp_path, 2)
+    assert config.learner.schedule == "linear"
+    with pytest.raises(ConfigError, match=r"on which its linear learner\.schedule depends"):
+        claimed(config_of(tmp_path, "train.num_batches=1000"), "auto")
+
+
+def test_data_that_changed_on_disk_are_refused(tmp_path: Path) -> None:
+    start, _ = claimed(began(tmp_path, 2), "auto")
+    recovery.check_inputs(start, {"data.train": "a"})
+    with pytest.raises(ConfigError, match=r"--resume: data.train is not what it was when r0000-batch-000002 was"):
+        recovery.check_inputs(start, {"data.train": "b"})
+
+
+def test_a_digest_tells_problems_their_order_and_their_tokens_apart() -> None:
+    def problem(key: str, *ids: int) -> Problem:
+        return Problem(key, "question", np.array(ids, np.int32), "7")
+
+    a, b = problem("a", 1, 2), problem("b", 3)
+    digests = [recovery.digest(p) for p in ([a, b], [b, a], [problem("a", 1), problem("b", 2, 3)], [a], [])]
+    assert len(set(digests)) == len(digests) and recovery.digest([a, b]) == digests[0]
+
+
+# ---- what the files say of later batches
+
+
+def test_a_roll_back_voids_later_lines_and_what_was_half_written(tmp_path: Path) -> None:
+    for name in ("metrics", "draws", "probes", "samples"):
+        lines = "".join(json.dumps({"batch": batch, "x": 0.1}) + "\n" for batch in (0, 0, 1, 2, 3))
+        (tmp_path / f"{name}.jsonl").write_text(lines + '{"batch": 4, "x"')
+    evaluations = "".join(json.dumps({"version": version}) + "\n" for version in (0, 2, 3))
+    (tmp_path / "evaluations.jsonl").write_text(evaluations)
+    assert rundir.roll_back(tmp_path, 2) == 4 * 3 + 1
+    assert [line["batch"] for line in read_lines(tmp_path / "draws.jsonl")] == [0, 0, 1]
+    assert [line["version"] for line in read_lines(tmp_path / "evaluations.jsonl")] == [0, 2]
+    assert rundir.roll_back(tmp_path, 2) == 0
+
+
+def test_a_second_driver_of_the_same_run_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with rundir.alone(config.run_dir, "run"):
+        arguments = ["train", str(QUICKSTART), *SMALL, f"runs_dir={tmp_path}", "name=run", "--resume=auto"]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "another run works here" in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["train", "c.yaml", "--resume"], ["train", "c.yaml", "--resume=last"]),
+        (["train", "c.yaml", "--resume", "seed=1"], ["train", "c.yaml", "--resume=last", "seed=1"]),
+        (["train", "--resume", "--dry-run", "c.yaml"], ["train", "--resume=last", "--dry-run", "c.yaml"]),
+        (["train", "c.yaml", "--resume", "auto"], ["train", "c.yaml", "--resume", "auto"]),
+        (["train", "c.yaml", "--resume=auto"], ["train", "c.yaml", "--resume=auto"]),
+    ],
+)
+def test_resume_needs_no_value(given: list[str], meant: list[str]) -> None:
+    assert _with_value(given, "--resume", "last") == meant
