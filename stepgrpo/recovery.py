@@ -167,9 +167,10 @@ def _same_settings(then: dict[str, Any], config: Config) -> None:
         raise ConfigError(f"--resume: the run was begun with settings that this version does not know: {e}") from None
     a, b = (flat(c.model_dump(mode="json")) for c in (before, config))
     for key in sorted(a.keys() | b.keys()):
-        if a.get(key) != b.get(key) and not any(f"{key}.".startswith(f"{k}.") for k in _MAY_CHANGE):
+        got, has = b.get(key), a.get(key)
+        if got != has and not any(f"{key}.".startswith(f"{k}.") for k in _MAY_CHANGE):
             raise ConfigError(
-                f"--resume: {key}: got {b.get(key)!r}, the run has {a.get(key)!r}; resume it as it is, or begin a new one"
+                f"--resume: {key}: got {got!r}, the run has {has!r}; resume it as it is, or begin a new one"
             )
     num_batches, schedule = before.train.num_batches, config.learner.schedule
     if num_batches != config.train.num_batches and schedule != "constant":

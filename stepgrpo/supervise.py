@@ -103,7 +103,12 @@ def run(
 def mark_end() -> None:
     """In the driver: leave a mark for the supervisor when Python ends, however it ends; not where it is killed."""
     if scratch := os.environ.get(SCRATCH):
-        atexit.register((Path(scratch) / _ENDED).touch)
+        atexit.register(_touch, Path(scratch) / _ENDED)
+
+
+def _touch(mark: Path) -> None:
+    with contextlib.suppress(OSError):
+        mark.touch()
 
 
 @contextlib.contextmanager
