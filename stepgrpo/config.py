@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -330,6 +331,15 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     keep_best: NonNegativeInt = 1
     """Checkpoints kept besides, with the best held-out accuracy; needs evaluations at the same batches."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.place and "@" in urlsplit(self.place).netloc:
+            raise ValueError(
+                "checkpoint.place: got a URL with a user or password, takes one without: credentials come from the "
+                "environment, and are never written down"
+            )
+        return self
 
 
 class EvalConfig(Section):

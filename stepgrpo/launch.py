@@ -101,6 +101,15 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
             shutil.rmtree(private, ignore_errors=True)
 
 
+def spilled_bytes() -> int:
+    """What object stores, for want of memory, have written to disks so far, on all nodes."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address  # no public call says so
+
+    reply = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address))
+    return int(reply.store_stats.spilled_bytes_total)
+
+
 def check_resources(total: dict[str, float], nodes: Sequence[dict[str, float]], bundles: Sequence[Bundle]) -> None:
     """Refuse a config that the cluster cannot hold, instead of waiting for a node that never comes.
 

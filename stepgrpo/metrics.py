@@ -77,6 +77,7 @@ METRICS: dict[str, str] = {
     "time/checkpoint": "Seconds from the batch's end to a committed checkpoint, of the last one.",
     "checkpoint/bytes": "Size of the last checkpoint.",
     "checkpoint/failed": "Checkpoints that could not be written, so far.",
+    "store/spilled": "Bytes that object stores, for want of memory, have written to disk so far.",
     "workers/up": "Rollout workers that sample, when the batch is done.",
     "workers/deaths": "Rollout workers lost so far; `events.jsonl` says which and why.",
     "weights/bytes": "Bytes of one published version.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import math
 import os
 import time
 import traceback
@@ -165,6 +166,8 @@ _LOCK = ".lock"
 
 
 def append_json(path: Path, record: Any) -> None:
-    """Add one line to a file of JSON lines."""
+    """Add one line to a file of JSON lines. A figure that is not finite, which JSON cannot say, is null."""
+    if isinstance(record, dict):
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(record) + "\n")

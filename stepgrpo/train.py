@@ -32,7 +32,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from stepgrpo import checkpoint, metrics, rundir
+from stepgrpo import checkpoint, launch, metrics, rundir
 from stepgrpo.admission import ClosedBatch, Ledger
 from stepgrpo.config import Config
 from stepgrpo.console import Display, Phase, clock
@@ -108,7 +108,7 @@ class Loop:
         self._saving: asyncio.Task[None] | None = None
         self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
         self._places: dict[str, Whereabouts] = {}
-        self._grader_failed = False
+        self._grader_failed = self._told_of_spilling = False
         self._wake = asyncio.Event()
         self._closable = asyncio.Event()
         self._busy_since: float | None = None
@@ -275,7 +275,6 @@ class Loop:
     async def _train_batch(self, batch: ClosedBatch, waited: float, last: float) -> None:
         c = self.config
         used = {d: self.settled.pop(d) for d in (*batch.kept, *batch.filtered)}
-        start = time.monotonic()
         while True:
             kept = [used[d] for d in batch.kept]
             rewards = self.scheme([s.graded for s in kept])
@@ -316,6 +315,7 @@ class Loop:
             "time/paused": max(self._pauses, default=math.nan),
             "rate/tokens": sum(f.num_tokens for s in used.values() for f in s.graded.facts) / (published - last),
             "weights/bytes": size,
+            "store/spilled": await self._spilled(),
             **self._saved,
             "workers/up": len(self.pool.seats),
             "workers/deaths": self.pool.deaths,
@@ -324,6 +324,20 @@ class Loop:
         }
         self._busy_seconds, self._pauses = 0.0, []
         self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
+
+    async def _spilled(self) -> float:
+        """Slow disks in the place of memory are said once, and counted in the metrics."""
+        try:
+            spilled = await asyncio.to_thread(launch.spilled_bytes)
+        except Exception:  # a cluster that does not tell is no reason to stop
+            return math.nan
+        if spilled and not self._told_of_spilling:
+            self._told_of_spilling = True
+            self.display.warn(
+                "an object store is full and writes to disk, which is slow (store/spilled counts the bytes): raise "
+                "cluster.object_store_mb, or lower train.max_staleness or train.prompts_per_batch"
+            )
+        return float(spilled)
 
     async def _fetched(self, batch: ClosedBatch, plan: Plan, refs: dict[int, Any]) -> set[int]:
         """Have the batch on its ranks; returns the draws that were lost. Not within the update: a rank without a group
@@ -389,6 +403,8 @@ class Loop:
                 **(of_batch if i == len(plan.updates) - 1 else {}),
             }
             self.log.write(self.row)
+            if self.row["policy/skipped"]:
+                self.display.warn(f"update {self.update} was skipped: its loss or gradient was not finite")
             # Held-out answers are the better witness: what rollouts take is also the gate's doing.
             if not (c.eval.every and self.held_out):
                 self._watch(self.rollout_watch.see(self.row["rollout/steps"], self.row["rollout/tokens"]), "rollouts")
@@ -447,7 +463,7 @@ class Loop:
 
     # ---- what is waited for
 
-    def _waiting(self, what: str | Callable[[], str]) -> AbstractAsyncContextManager[None]:
+    def _waiting(self, what: str | Callable[[], str]) -> AbstractAsyncContextManager[Callable[[], None]]:
         t = self.config.train
         return waiting(what, say=self.display.warn, warn=t.wait_warning, limit=t.wait_limit, stacks=self._stacks)
 
@@ -626,9 +642,14 @@ class Loop:
                 if entered:
                     entered.set()
                 try:
-                    groups = await decode(
-                        partial(self.pool.ask, among=seats), prompts, phase.problems if phase else None
-                    )
+                    async with self._waiting(f"an evaluation of {len(prompts)} problems") as seen:
+
+                        def progress(done: int, of: int) -> None:
+                            seen()
+                            if phase:
+                                phase.problems(done, of)
+
+                        groups = await decode(partial(self.pool.ask, among=seats), prompts, progress)
                     version = seats[0].version
                     break
                 except WorkersGone:

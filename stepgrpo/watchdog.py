@@ -50,7 +50,7 @@ async def waiting(
     warn: float = 60.0,
     limit: float | None = None,
     stacks: Callable[[], Awaitable[Path]] | None = None,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Callable[[], None]]:
     """Watch over what the block waits for. The event loop must keep running meanwhile.
 
         async with waiting(lambda: f"batch {n}: {done} of 16 groups", say=display.warn, limit=1800, stacks=dump):
@@ -61,6 +61,9 @@ async def waiting(
         say: is told after ``warn`` seconds, and then whenever the time has doubled.
         limit: seconds after which the block is cancelled; None: never.
         stacks: writes them, before the block is cancelled; returns where they lie.
+
+    Yields:
+        Called where there is progress, it has the seconds counted anew.
 
     Raises:
         Stuck: the block did not end within the limit.
@@ -79,8 +82,14 @@ async def waiting(
     try:
         async with asyncio.timeout(None) as deadline:
             watcher = loop.create_task(watch())
+
+            def seen() -> None:
+                nonlocal watcher
+                watcher.cancel()
+                watcher = loop.create_task(watch())
+
             try:
-                yield
+                yield seen
             finally:
                 watcher.cancel()
     except TimeoutError:

@@ -36,7 +36,7 @@ SECRETS = {
 }
 
 
-def environment(**more: str) -> dict[str, str]:
+def variables(**more: str) -> dict[str, str]:
     """Of a command of its own: with a supervisor, and without the tests' cluster."""
     inherited = {k: v for k, v in os.environ.items() if k not in (SCRATCH, "RAY_ADDRESS")}
     return inherited | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"} | more
@@ -47,10 +47,22 @@ def command(directory: Path, name: str, settings: Sequence[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    subprocess.run(command(directory, "run", ON_POLICY), env=environment(), check=True, capture_output=True)
-    return directory / "run"
+def neighbours(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same run, twice at the same time on one cluster."""
+    directory = tmp_path_factory.mktemp("neighbours")
+    shares = ["cluster.cpus_per_worker=0.5", "cluster.cpus_per_rank=0.5"]
+    names = ["a", "b"]
+    running = [
+        subprocess.Popen(command(directory, n, [*ON_POLICY, *shares]), env=variables(RAY_ADDRESS=cluster))
+        for n in names
+    ]
+    assert [process.wait(400) for process in running] == [0, 0]
+    return [directory / n for n in names]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(neighbours: list[Path]) -> Path:
+    return neighbours[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +73,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (directory / "screen").open("w") as screen:
         settings = [*ON_POLICY, "train.wandb=offline"]
         supervisor = subprocess.Popen(
-            command(directory, "run", settings), env=environment(**SECRETS), stdout=screen, stderr=screen
+            command(directory, "run", settings), env=variables(**SECRETS), stdout=screen, stderr=screen
         )
         deadline = time.monotonic() + 300
         while not any(line["batch"] == 2 for line in rundir.read_json_lines(run / "draws.jsonl")):
@@ -73,29 +85,31 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def assert_same(a: Path, b: Path) -> None:
+    """Two runs have the same metrics, weights and held-out answers, but for what depends on time."""
+    timing = ("time/", "rate/", "checkpoint/", "discarded/", "store/")
+
+    def lines(run: Path, name: str) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in line.items() if not k.startswith(timing) and k not in ("restart", "seconds")}
+            for line in read_lines(run / f"{name}.jsonl")
+        ]
+
+    for name in ("metrics", "evaluations"):
+        assert lines(a, name) == lines(b, name)
+    weights, expected = (load_file(run / "model" / "model.safetensors") for run in (a, b))
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[k], expected[k]) for k in expected)
+    assert (a / "heldout.json").read_text() == (b / "heldout.json").read_text()
+
+
+def test_two_runs_on_one_cluster_do_not_disturb_each_other(neighbours: list[Path]) -> None:
+    assert_same(*neighbours)
+
+
 def test_a_killed_run_equals_the_uninterrupted_one_bit_for_bit(uninterrupted: Path, killed: Path) -> None:
     screen = (killed.parent / "screen").read_text()
     assert "the driver was killed by SIGKILL" in screen and "going on from r0000-batch-000002" in screen
-    timing = ("time/", "rate/", "checkpoint/", "discarded/")
-
-    def course(run: Path) -> list[dict[str, Any]]:
-        return [
-            {k: v for k, v in line.items() if not k.startswith(timing) and k != "restart"}
-            for line in read_lines(run / "metrics.jsonl")
-        ]
-
-    assert course(killed) == course(uninterrupted)
-    weights, expected = (load_file(run / "model" / "model.safetensors") for run in (killed, uninterrupted))
-    assert weights.keys() == expected.keys() and all(torch.equal(weights[k], expected[k]) for k in expected)
-
-    def held_out(run: Path) -> list[dict[str, Any]]:
-        return [
-            {k: v for k, v in line.items() if k not in ("seconds", "restart")}
-            for line in read_lines(run / "evaluations.jsonl")
-        ]
-
-    assert held_out(killed) == held_out(uninterrupted)
-    assert (killed / "heldout.json").read_text() == (uninterrupted / "heldout.json").read_text()
+    assert_same(killed, uninterrupted)
 
 
 def test_after_a_kill_every_draw_is_trained_on_once(killed: Path) -> None:
@@ -132,7 +146,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_taken(killed: Pat
     (killed / "summary.json").unlink()  # as if it had died before its end
     settings = [*ON_POLICY, "learner.num_ranks=2", "cluster.cpus_per_rank=0.5"]  # two ranks, where there was one
     resumed = subprocess.run(
-        [*command(killed.parent, "run", settings), "--resume"], env=environment(), capture_output=True, text=True
+        [*command(killed.parent, "run", settings), "--resume"], env=variables(), capture_output=True, text=True
     )
     assert resumed.returncode == 0, resumed.stdout
     assert f"refused: {last}: learner-0-of-1.safetensors: checksum differs" in resumed.stdout

@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,6 @@ import psutil
 import pytest
 import torch
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-from ray.cluster_utils import Cluster
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,30 +61,6 @@ SECONDS_TO_FAIL = 60.0
 ACTORS = ("ray::RolloutWorker", "ray::LearnerWorker", "VLLM::EngineCore")
 
 Json = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def environment() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def cluster(environment: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a Ray cluster, which the runs of this module join unless they start their own."""
-    directory = tempfile.mkdtemp(prefix="r", dir="/tmp")
-    environment.setenv("RAY_TMPDIR", directory)
-    head = {"num_cpus": 2, "object_store_memory": 150 << 20, "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
-    environment.setenv("RAY_ADDRESS", nodes.address)
-    yield nodes.address
-    environment.delenv("RAY_ADDRESS")
-    environment.delenv("RAY_TMPDIR")
-    nodes.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(frozen=True)

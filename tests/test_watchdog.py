@@ -39,6 +39,16 @@ async def test_a_wait_that_ends_says_nothing_and_leaves_nothing_running():
     assert said == [] and asyncio.all_tasks() == {asyncio.current_task()}
 
 
+async def test_progress_has_the_seconds_counted_anew():
+    async with waiting("an evaluation", say=print, warn=100, limit=0.2) as seen:
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            seen()
+    with pytest.raises(Stuck, match="waited"):
+        async with waiting("an evaluation", say=print, warn=100, limit=0.1):
+            await asyncio.sleep(10)
+
+
 async def test_stacks_are_written_while_the_wait_still_hangs(tmp_path):
     events = []
 
