@@ -414,7 +414,7 @@ def _sync_directory(path: str) -> None:
 def _own_cache() -> Path:
     path = Path(tempfile.gettempdir()) / f"stepgrpo-checkpoints-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
-    if path.stat().st_uid != os.getuid():
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
         raise CheckpointError(f"{path}: belongs to another user; set TMPDIR to a directory of your own")
     return path
 

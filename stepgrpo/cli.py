@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -84,15 +85,26 @@ def _supervise(settings: Config, display: Display) -> NoReturn:
     """Run this very command as a child process, which trains, and again where that crashes."""
     from stepgrpo import checkpoint, supervise
 
+    last: list[str] = []
+
     def reached() -> object:
-        try:
-            return checkpoint.names(settings.checkpoint_place)
-        except Exception:  # a store that does not answer now
-            return None
+        nonlocal last
+        with suppress(Exception):  # a store that does not answer now: no progress is known
+            last = checkpoint.names(settings.checkpoint_place)
+        return last
 
     command = [sys.executable, "-m", "stepgrpo", *sys.argv[1:]]
     limit = settings.train.max_restarts
-    raise SystemExit(supervise.run(command, max_restarts=limit, display=display, progress=reached))
+    raise SystemExit(
+        supervise.run(
+            command,
+            max_restarts=limit,
+            display=display,
+            progress=reached,
+            hung_seconds=settings.train.wait_limit,
+            stacks=settings.run_dir,
+        )
+    )
 
 
 @app.command()
@@ -289,13 +301,18 @@ def inspect(place: Place) -> None:
 
     def job(display: Display) -> None:
         from stepgrpo import checkpoint
+        from stepgrpo.rundir import read_json_lines
 
         rows, faults = {}, []
+        known = {
+            line["version"]: line["accuracy"]["mean"]
+            for line in read_json_lines(Path(place, "..", "evaluations.jsonl"))
+        }
         for name in sorted([*checkpoint.names(place), *checkpoint.half_written(place)]):
             cells, state = [""] * 4, "good"
             try:
                 manifest = checkpoint.read(place, name)
-                meta, accuracy = manifest.meta, manifest.meta.get("accuracy")
+                meta, accuracy = manifest.meta, known.get(manifest.meta.get("batch"))
                 cells = [
                     _bytes(manifest.size),
                     f"{manifest.created:%y-%m-%d %H:%M}",

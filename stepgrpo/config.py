@@ -326,7 +326,8 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 10
     """Batches between two checkpoints; the last batch has one too. 0: none, and a crash costs the whole run."""
     place: str | None = None
-    """Directory that all nodes see, or URL (`s3://…`, `gs://…`); null: `checkpoints` in the run directory."""
+    """Directory that all nodes see, or URL (`s3://…`, `gs://…`), under which a run's checkpoints lie by its name; null:
+    `checkpoints` in the run directory."""
     keep_last: PositiveInt = 2
     """Newest checkpoints that are kept."""
     keep_best: NonNegativeInt = 1
@@ -334,9 +335,9 @@ class CheckpointConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.place and "@" in urlsplit(self.place).netloc:
+        if self.place and urlsplit(self.place).password:
             raise ValueError(
-                "checkpoint.place: got a URL with a user or password, takes one without: credentials come from the "
+                "checkpoint.place: got a URL with a password, takes one without: credentials come from the "
                 "environment, and are never written down"
             )
         return self
@@ -424,7 +425,9 @@ class Config(RunConfig):
     @property
     def checkpoint_place(self) -> str:
         """Absolute, because actors have another working directory."""
-        return self.checkpoint.place or str(self.run_dir.absolute() / "checkpoints")
+        if place := self.checkpoint.place:
+            return f"{place if '://' in place else Path(place).absolute()}/{self.name}"
+        return str(self.run_dir.absolute() / "checkpoints")
 
     @property
     def updates_per_batch(self) -> int:

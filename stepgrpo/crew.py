@@ -10,11 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError
+
 from stepgrpo import launch
 from stepgrpo.config import Config, RunConfig, SftConfig
 from stepgrpo.console import Display
 from stepgrpo.launch import Bundle, together
-from stepgrpo.pool import Pool
+from stepgrpo.pool import Pool, root_cause
+from stepgrpo.watchdog import Stuck, waiting
 
 # An interrupted run is over within ten seconds: this, the closing and Ray's own end.
 SAVE_SECONDS_WHEN_INTERRUPTED = 4.0
@@ -106,7 +109,8 @@ async def saved(
         yield
     except BaseException as e:
         interrupted = isinstance(e, asyncio.CancelledError)
-        if has_learnt():
+        # Ranks that are dead or stuck save nothing; the run is started again from its checkpoint.
+        if has_learnt() and not isinstance(root_cause(e), RayActorError | Stuck):
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(
                     SAVE_SECONDS_WHEN_INTERRUPTED if interrupted else SAVE_SECONDS_AFTER_A_FAILURE
@@ -114,7 +118,8 @@ async def saved(
                     await _save(ranks, directory)
         raise
     with display.phase("save", "saving the model"):
-        await _save(ranks, directory)
+        async with waiting(f"{directory} to be saved", say=display.warn, warn=300, limit=3600):
+            await _save(ranks, directory)
 
 
 async def _save(ranks: Sequence[Any], directory: Path) -> None:

@@ -6,11 +6,13 @@ Everything that can be missing is looked for here, before anything waits for it:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ MAX_TEMP_DIR = 42
 SCRATCH = "STEPGRPO_SCRATCH"
 """Environment variable with the directory in which a supervised driver makes its temporary ones; its path has 15
 bytes."""
+BEAT = "beat"
+"""File there that the driver touches for as long as its event loop runs."""
+BEAT_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -44,10 +49,13 @@ class Bundle:
 
 
 @contextmanager
-def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]:
+def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float = 0.0) -> Iterator[None]:
     """A connection to a Ray cluster that can hold ``bundles``; a local Ray of our own ends with it.
 
     A local Ray's private directory is removed, unless something failed: then the error's notes say where the logs are.
+
+    Args:
+        patience: seconds to wait for a cluster that is too small to grow.
 
     Raises:
         ConfigError: a directory, port or address cannot be used, or the cluster is too small.
@@ -86,7 +94,7 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle]) -> Iterator[None]
                 object_store_memory=None if store is None else store << 20,
                 **quiet,
             )
-        check_resources(ray.cluster_resources(), [n["Resources"] for n in ray.nodes() if n["Alive"]], bundles)
+        _await_resources(bundles, patience if address else 0.0)
         yield
     except ConfigError:
         raise
@@ -108,6 +116,20 @@ def spilled_bytes() -> int:
 
     reply = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address))
     return int(reply.store_stats.spilled_bytes_total)
+
+
+def _await_resources(bundles: Sequence[Bundle], patience: float) -> None:
+    import ray
+
+    end = time.monotonic() + patience
+    while True:
+        try:
+            nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+            return check_resources(ray.cluster_resources(), nodes, bundles)
+        except ConfigError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(min(5.0, patience))
 
 
 def check_resources(total: dict[str, float], nodes: Sequence[dict[str, float]], bundles: Sequence[Bundle]) -> None:
@@ -205,6 +227,15 @@ def place(group: Any, index: int, bundle: Bundle) -> dict[str, Any]:
         "num_gpus": bundle.gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
     }
+
+
+async def heartbeat() -> None:
+    """Show the supervisor, if there is one, that the event loop runs."""
+    if scratch := os.environ.get(SCRATCH):
+        while True:
+            with contextlib.suppress(OSError):
+                (Path(scratch) / BEAT).touch()
+            await asyncio.sleep(BEAT_SECONDS)
 
 
 async def together(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:

@@ -11,6 +11,7 @@ place starts the next one elsewhere meanwhile.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -29,6 +30,8 @@ from stepgrpo.rundir import append_json
 
 LOOK_SECONDS = 2.0
 """Between two looks at what is missing and what is drained."""
+SAME_DEATH_SECONDS = 10.0
+"""Within which workers of one node die of one cause; no replacement is up again as soon as that."""
 MAX_STRIKES = 3
 """Answers of garbage in a row after which a worker is replaced."""
 MAX_PAUSE_SECONDS = 60.0
@@ -140,7 +143,7 @@ class Pool:
         self.deaths = 0
         """Workers lost so far."""
         self._leaving: list[Seat] = []
-        self._dead_nodes: set[str] = set()
+        self._death_on: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._begun = False
@@ -159,6 +162,7 @@ class Pool:
             done, _ = await asyncio.wait({changed, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
             _raise_failed(done)
+            self._tasks -= done
         self._begun = True
         for i in range(self._limits.min, self._limits.max):
             self._task(self._place(i))
@@ -256,11 +260,11 @@ class Pool:
     def _died(self, what: str, node: str = "", cost: str = "") -> None:
         self._missing_because = self._missing_because or what
         self._display.warn(f"{what}{cost}; {len(self.seats)} of {self._limits} are up")
-        # A node takes all its workers along: one failure.
-        if node not in self._dead_nodes:
-            if node and not _alive(node):
-                self._dead_nodes.add(node)
+        # A node takes all its workers along: one failure. That it is dead is known a while later.
+        now = time.monotonic()
+        if not node or now - self._death_on.get(node, -math.inf) > SAME_DEATH_SECONDS:
             self.failures.add(what)
+        self._death_on[node] = now
 
     def _remove(self, seat: Seat) -> None:
         """Kill a worker with all its processes."""
@@ -403,12 +407,6 @@ def _release(group: Any) -> None:
     if group is not None:
         with suppress(Exception):
             remove_placement_group(group)
-
-
-def _alive(node: str) -> bool:
-    import ray
-
-    return any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
 
 
 def _draining() -> set[str]:

@@ -75,16 +75,27 @@ def claim(config: Config, resume: str | None, display: Display) -> Start:
         ConfigError: there is nothing to go on from, or it is another run's.
     """
     directory, place = config.run_dir, config.checkpoint_place
-    if resume is None or (resume == AUTO and rundir.is_free(directory)):
+    there = checkpoint.names(place)
+    if resume is None or (resume == AUTO and rundir.is_free(directory) and not there):
         rundir.claim(directory)
+        if there:
+            raise ConfigError(
+                f"checkpoint.place: {place} already holds checkpoints of a run; go on with it (--resume), or choose "
+                "another name"
+            )
         return Start()
-    if not (directory / "config.json").is_file():
+    if not there and not (directory / "config.json").is_file():
         raise ConfigError(f"--resume: {directory} holds no run to go on with; leave --resume out to begin one")
     if _status(directory) == "finished" and _batches(directory) >= config.train.num_batches:
         raise ConfigError(
             f"--resume: {directory} is finished ({config.train.num_batches} batches); raise train.num_batches to go on"
         )
     restart = sum(e["kind"] == "start" for e in rundir.read_json_lines(directory / "events.jsonl"))
+    try:
+        # The run directory may have been left behind with its machine.
+        restart = max([restart, *(1 + checkpoint.read(place, n).meta["restart"] for n in there[-1:])])
+    except CheckpointError:
+        restart += 1
     try:
         manifest = _chosen(place, resume, display)
     except CheckpointError as e:
@@ -96,13 +107,18 @@ def claim(config: Config, resume: str | None, display: Display) -> Start:
     return Start(restart, manifest.name, manifest.meta, tuple(f.name for f in manifest.files))
 
 
-def begin(config: Config, start: Start) -> int:
-    """Void what the run's files say of later batches than the checkpoint's; returns the number of lines."""
-    directory = config.run_dir
-    voided = rundir.roll_back(directory, start.meta.get("batch", 0))
-    if start.restart and start.name is None:
-        for leftover in ("heldout.json", "summary.json", "error.txt"):
-            (directory / leftover).unlink(missing_ok=True)
+def begin(config: Config, start: Start, display: Display) -> int:
+    """Void what files and checkpoints say of later batches than the checkpoint's; returns the number of lines."""
+    directory, place = config.run_dir, config.checkpoint_place
+    rundir.save_json(directory / "config.json", config.model_dump())
+    voided = rundir.roll_back(directory, -1 if start.name is None else start.meta["batch"])
+    leftovers = ["summary.json", "error.txt", *(["heldout.json"] if start.name is None else [])]
+    for leftover in leftovers:
+        (directory / leftover).unlink(missing_ok=True)
+    # The way from there on is taken anew: what lies behind it would be taken for its continuation.
+    for later in [n for n in checkpoint.names(place) if start.name and n > start.name]:
+        display.warn(f"{later} lies behind {start.name} and is removed")
+        checkpoint.discard(place, later)
     event = {"restart": start.restart, "checkpoint": start.name, "voided": voided}
     rundir.append_event(directory, "start", **event)
     return voided
@@ -142,10 +158,6 @@ def _chosen(place: str, resume: str, display: Display) -> Manifest | None:
             others = [n for n in checkpoint.names(place) if n != resume]
             hint = f"; there are {', '.join(others)}" if others else ""
             raise CheckpointError(f"{e}{hint}") from None
-        # The way from there on is taken anew: what lies behind it would be taken for its continuation.
-        for later in [n for n in checkpoint.names(place) if n > resume]:
-            display.warn(f"{later} lies behind {resume} and is removed")
-            checkpoint.discard(place, later)
         return manifest
     if not checkpoint.names(place) and not (resume == LAST and checkpoint.half_written(place)):
         if resume == AUTO:
@@ -173,6 +185,11 @@ def _same_settings(then: dict[str, Any], config: Config) -> None:
                 f"--resume: {key}: got {got!r}, the run has {has!r}; resume it as it is, or begin a new one"
             )
     num_batches, schedule = before.train.num_batches, config.learner.schedule
+    if config.train.num_batches < num_batches:
+        raise ConfigError(
+            f"--resume: train.num_batches: got {config.train.num_batches}, takes the run's {num_batches} or more: its "
+            "draws are under way"
+        )
     if num_batches != config.train.num_batches and schedule != "constant":
         raise ConfigError(
             f"--resume: train.num_batches: got {config.train.num_batches}, the run has {num_batches}, on which its "

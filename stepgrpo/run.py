@@ -59,10 +59,12 @@ def train(config: Config, display: Display, resume: str | None = None) -> dict[s
             phase.result = f"{len(train_set.items):,} training and {len(held_out.items):,} held-out problems"
         stream, eval_prompts = PromptStream(train_set.items, config.seed), in_order(held_out.items)
         with display.phase("ray", "starting Ray"):
-            stack.enter_context(launch.session(config.cluster, [*rollout_bundles(config), *learner_bundles(config)]))
+            # The node that took the run down may not be replaced yet.
+            patience = config.cluster.start_timeout if start.restart else 0.0
+            bundles = [*rollout_bundles(config), *learner_bundles(config)]
+            stack.enter_context(launch.session(config.cluster, bundles, patience))
         # Not before: what is refused up to here leaves an empty directory, which the next attempt may take.
-        recovery.begin(config, start)
-        rundir.save_json(config.run_dir / "config.json", config.model_dump())
+        recovery.begin(config, start, display)
         with rundir.recorded(config.run_dir, display.seconds) as summary:
             asyncio.run(_train(config, display, stream, eval_prompts, summary, start, inputs))
     return summary
@@ -92,6 +94,7 @@ async def _train(
     inputs: dict[str, str],
 ) -> None:
     cancel_on_sigterm()
+    beat = asyncio.create_task(launch.heartbeat())
     t = config.train
     settings = config.model_dump(mode="json")
     async with rollout_crew(config, display, learner=True) as (pool, ranks):
@@ -104,6 +107,7 @@ async def _train(
                 summary["updates"] = loop.update
                 if (cost := exit_cost(loop.exit_counts)) is not None:
                     summary["exit_cost"] = asdict(cost)
+    beat.cancel()
     if held_out:
         figures = list(rundir.read_json_lines(config.run_dir / "evaluations.jsonl"))
         for when, line in ("before", figures[0]), ("after", figures[-1]):

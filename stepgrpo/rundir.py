@@ -146,7 +146,7 @@ def roll_back(directory: Path, batch: int) -> int:
             continue
         raw = path.read_text(encoding="utf-8")
         # A version is what its number of batches made.
-        kept = [line for line in read_json_lines(path) if line[field] < batch + (field == "version")]
+        kept = [line for line in read_json_lines(path) if field is None or line[field] < batch + (field == "version")]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if text != raw:
             voided += len(raw.splitlines()) - len(kept)
@@ -160,8 +160,9 @@ _OF_BATCHES = {
     "probes.jsonl": "batch",
     "samples.jsonl": "batch",
     "evaluations.jsonl": "version",
+    "events.jsonl": None,
 }
-"""File of JSON lines -> the field that says which batch, or which weights, a line is about."""
+"""File of JSON lines -> the field that says which batch, or which weights, a line is about; None: about no batch."""
 _LOCK = ".lock"
 
 

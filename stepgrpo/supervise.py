@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -25,7 +26,8 @@ from pathlib import Path
 import psutil
 
 from stepgrpo.console import Display, clock
-from stepgrpo.launch import SCRATCH
+from stepgrpo.launch import BEAT, SCRATCH
+from stepgrpo.watchdog import dump_stacks
 from stepgrpo.weights import SharedWeights
 
 RECOVERABLE = os.EX_TEMPFAIL
@@ -37,6 +39,9 @@ FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0
 GRACE_SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
 
+LOOK_SECONDS = 5.0
+"""Between two looks for a sign of life."""
+
 _ENDED = "ended"
 _WISHES = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
 _SI_KERNEL = 0x80  # si_code of a key pressed at the terminal, which every process of the foreground group gets
@@ -45,7 +50,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def run(
-    command: Sequence[str], *, max_restarts: int, display: Display, progress: Callable[[], object] = lambda: None
+    command: Sequence[str],
+    *,
+    max_restarts: int,
+    display: Display,
+    progress: Callable[[], object] = lambda: None,
+    hung_seconds: float = math.inf,
+    stacks: Path | None = None,
 ) -> int:
     """Run ``command`` on this terminal until it ends for good; call it from the main thread.
 
@@ -56,6 +67,8 @@ def run(
     Args:
         max_restarts: in a row without progress.
         progress: its value changes with every new checkpoint; must not raise.
+        hung_seconds: without a ``heartbeat``, after which a driver that once gave one is killed.
+        stacks: directory for the stack of one that hung.
 
     Returns:
         The exit status of the last driver, 128 + n where signal n ended it.
@@ -72,7 +85,19 @@ def run(
                 env={**os.environ, SCRATCH: scratch, "VLLM_RPC_BASE_PATH": scratch},
                 preexec_fn=partial(_born, mask, os.getpid()),
             )
-            status, wished = _until_end(driver, wishes)
+            beat = Path(scratch) / BEAT
+
+            def hangs(pid: int = driver.pid, beat: Path = beat) -> bool:
+                if not beat.exists() or (silent := time.time() - beat.stat().st_mtime) < hung_seconds:
+                    return False
+                display.warn(f"the driver gave no sign of life for {clock(silent)} and is killed")
+                if stacks is not None:
+                    with contextlib.suppress(OSError):
+                        display.warn(f"its stack: {dump_stacks(stacks, {'driver': pid})}")
+                return True
+
+            status, wished = _until_end(driver, wishes, hangs)
+            beat.unlink(missing_ok=True)
             cause = f"the driver {_end(status)} after {clock(time.monotonic() - start)}"
             if left := _end_descendants():
                 display.warn(f"could not be killed: processes {', '.join(map(str, left))}")
@@ -130,11 +155,15 @@ def _born(mask: Collection[int], supervisor: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _until_end(driver: subprocess.Popen[bytes], wishes: Collection[int]) -> tuple[int, bool]:
+def _until_end(driver: subprocess.Popen[bytes], wishes: Collection[int], hangs: Callable[[], bool]) -> tuple[int, bool]:
     """The driver's exit status, negative for a signal, and whether somebody wished it to end."""
     wished = False
     while (status := _reap(driver.pid)) is None:
-        sent = signal.sigwaitinfo([*wishes, signal.SIGCHLD])
+        sent = signal.sigtimedwait([*wishes, signal.SIGCHLD], LOOK_SECONDS)
+        if sent is None:
+            if hangs():
+                os.kill(driver.pid, signal.SIGKILL)
+            continue
         if sent.si_signo == signal.SIGCHLD:
             continue
         if wished and sent.si_signo == signal.SIGINT:

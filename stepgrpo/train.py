@@ -48,6 +48,9 @@ from stepgrpo.rundir import append_json, save_json
 from stepgrpo.types import GradedGroup, Prompt, WeightVersion
 from stepgrpo.watchdog import Stuck, Whereabouts, dump_actors, waiting
 
+RANKS_SECONDS = 5.0
+"""Between two looks whether all ranks are alive."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settled:
@@ -106,6 +109,7 @@ class Loop:
         self.accuracy: dict[int, float] = {}
         """Held-out accuracy by version of the weights."""
         self._saving: asyncio.Task[None] | None = None
+        self._evaluating: set[asyncio.Task[None]] = set()
         self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
         self._places: dict[str, Whereabouts] = {}
         self._grader_failed = self._told_of_spilling = False
@@ -120,11 +124,12 @@ class Loop:
         """Train to the end. Leaves held-out answers before and after in ``heldout.json``, if there are any."""
         heldout: dict[str, Any] = {}
         path = self.config.run_dir / "heldout.json"
-        for rank, place in enumerate(await together(r.whereabouts.remote() for r in self.ranks)):
-            self._places[f"learner rank {rank}"] = place
-        for seat in self.pool.seats:
-            await self._note_place(seat)
-        async with self.pool.serving(join=self._catch_up, on_change=self._wake.set):
+        places = await self._on_ranks("a sign of life", lambda r: r.whereabouts.remote())
+        self._places |= {f"learner rank {rank}": place for rank, place in enumerate(places)}
+        async with self.pool.serving(join=self._catch_up, on_change=self._wake.set), self._ranks_watched():
+            for seat in list(self.pool.seats):
+                with suppress(Exception):  # lost already, which the pool finds out
+                    await self._note_place(seat)
             if self.start.name:
                 heldout = json.loads(path.read_text()) if path.is_file() else {}
             elif before := await self._evaluate_phase("before", "the starting model"):
@@ -210,8 +215,8 @@ class Loop:
                     graded = await self._ingest(draw, group)
                     self.pool.failures.reset()
                     return Settled(graded, group)
-            except TrainError:
-                raise
+            except (TrainError, RayActorError):
+                raise  # the rank that grades is dead: a worker's death is none of these (`blame`)
             except Exception as e:  # whatever the remote side raised: the draw must not get lost
                 if is_lost(e):
                     self.display.warn(f"{what} was lost with its node and is sampled again")
@@ -361,7 +366,8 @@ class Loop:
         """Groups anew that were finished, and went away with their node before they were trained on."""
         self.display.warn(f"batch {batch.index}: {len(lost)} groups were lost with their node and are sampled again")
         oldest = max(0, batch.index - self.config.train.max_staleness)
-        return dict(zip(lost, await together(self._sampled(d, oldest) for d in lost), strict=True))
+        async with self._waiting(f"{len(lost)} lost groups of batch {batch.index}"):
+            return dict(zip(lost, await together(self._sampled(d, oldest) for d in lost), strict=True))
 
     async def _keep_sample(self, batch: int, sample: Settled, rewards: Any, credit: Any) -> None:
         """A group with its texts, for people."""
@@ -444,6 +450,8 @@ class Loop:
         try:
             await self._pull(seat)
         except Exception as e:
+            if is_lost(e):
+                raise  # the weights went away with a learner's rank: no fault of the worker
             self.pool.lost(seat, f"loading weights failed: {one_line(e)}")
 
     async def _pull(self, seat: Seat) -> None:
@@ -470,6 +478,27 @@ class Loop:
     async def _stacks(self) -> Path:
         return await dump_actors(self.config.run_dir, self._places)
 
+    @asynccontextmanager
+    async def _ranks_watched(self) -> AsyncIterator[None]:
+        """The block fails when a rank dies, also while nothing is asked of it."""
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(RANKS_SECONDS)
+                await self._raise_dead_rank("rest")
+
+        async with asyncio.TaskGroup() as tasks:
+            watcher = tasks.create_task(watch())
+            yield
+            watcher.cancel()
+
+    async def _raise_dead_rank(self, during: str) -> None:
+        alive = await asyncio.gather(*(r.whereabouts.remote() for r in self.ranks), return_exceptions=True)
+        for rank, answer in enumerate(alive):
+            if isinstance(answer, RayActorError):
+                answer.add_note(f"learner rank {rank} died during {during}")
+                raise answer
+
     async def _on_ranks(self, what: str, call: Callable[[Any], Awaitable[Any]]) -> list[Any]:
         """Ask all ranks.
 
@@ -479,12 +508,8 @@ class Loop:
         async with self._waiting(f"{what} on the learner's ranks"):
             try:
                 return await together(call(r) for r in self.ranks)
-            except Exception as e:
-                alive = await asyncio.gather(*(r.whereabouts.remote() for r in self.ranks), return_exceptions=True)
-                for rank, answer in enumerate(alive):
-                    if isinstance(answer, RayActorError):
-                        answer.add_note(f"learner rank {rank} died during {what}")
-                        raise answer from e
+            except Exception:
+                await self._raise_dead_rank(what)
                 raise
 
     # ---- checkpoints
@@ -506,7 +531,8 @@ class Loop:
         refs = {draw: s.ref for draw, s in self.settled.items()}
         # Asked for now: on each rank, calls take their turn in this order.
         parts = [r.checkpoint.remote(place, name, {} if i else refs) for i, r in enumerate(self.ranks)]
-        self._saving = self._tasks.create_task(self._save(name, self._state(), parts, start))
+        save = self._save(name, self._state(), parts, set(self._evaluating), start)
+        self._saving = self._tasks.create_task(save)
 
     def _state(self) -> dict[str, Any]:
         """All that the driver knows and cannot find out again."""
@@ -516,29 +542,35 @@ class Loop:
             "batch": self.ledger.batch,
             "update": self.update,
             "ledger": self.ledger.state(),
-            "exits": self.exit_counts,
+            "exits": list(self.exit_counts),
             "inputs": self.inputs,
             "settings": c.model_dump(mode="json"),
             "model": c.model.path,
             "dtype": c.model.dtype,
         }
 
-    async def _save(self, name: str, state: dict[str, Any], parts: Sequence[Any], start: float) -> None:
+    async def _save(
+        self, name: str, state: dict[str, Any], parts: Sequence[Any], before: set[asyncio.Task[None]], start: float
+    ) -> None:
         """Commit a checkpoint. One that cannot be written is told, and the run goes on."""
         c = self.config
         try:
             async with self._waiting(f"checkpoint {name}"):
-                files = [f for part in await together(parts) for f in part]
+                # All of them, also after a failure: what is still being written cannot be discarded.
+                await asyncio.gather(*parts, return_exceptions=True)
+                files = [f for part in parts for f in await part]
+                if before:  # so that no evaluation of earlier weights is lost between two checkpoints
+                    await asyncio.wait(before)
                 manifest = await asyncio.to_thread(checkpoint.commit, c.checkpoint_place, name, state, files)
         except Exception as e:
             if isinstance(root_cause(e), RayActorError | Stuck):
                 raise
             self._saved["checkpoint/failed"] += 1
-            rundir.append_event(c.run_dir, "checkpoint failed", name=name, reason=one_line(e))
             self.display.warn(f"checkpoint {name} could not be written, and the run goes on: {one_line(e)}")
             with suppress(Exception):
                 if name in await asyncio.to_thread(checkpoint.half_written, c.checkpoint_place):
                     await asyncio.to_thread(checkpoint.discard, c.checkpoint_place, name)
+                rundir.append_event(c.run_dir, "checkpoint failed", name=name, reason=one_line(e))
             return
         seconds = time.monotonic() - start
         self._saved |= {"time/checkpoint": seconds, "checkpoint/bytes": float(manifest.size)}
@@ -564,8 +596,9 @@ class Loop:
         with self.display.phase("restore", f"going on from {s.name}") as phase:
             place, update = c.checkpoint_place, s.meta["update"]
             await self._on_ranks(s.name, lambda r: r.restore.remote(place, s.name, s.files, update))
-            groups: dict[int, list[Any]] = await self.ranks[0].restore_groups.remote(place, s.name)
-            graded = await together(self._ingest(draw, ref) for draw, [ref] in groups.items())
+            async with self._waiting(f"groups of {s.name}"):
+                groups: dict[int, list[Any]] = await self.ranks[0].restore_groups.remote(place, s.name)
+                graded = await together(self._ingest(draw, ref) for draw, [ref] in groups.items())
             self.settled = {g.draw: Settled(g, ref) for g, [ref] in zip(graded, groups.values(), strict=True)}
             again = self.ledger.restore(s.meta["ledger"])
             self.update = update
@@ -620,7 +653,9 @@ class Loop:
             result, _ = await self._evaluate(prompts, None, entered)
             self.last_eval = f"held-out {result.accuracy.mean:.0%}, {result.tokens.mean:.0f} tokens"
 
-        self._tasks.create_task(background())
+        task = self._tasks.create_task(background())
+        self._evaluating.add(task)
+        task.add_done_callback(self._evaluating.discard)
         await entered.wait()
 
     async def _evaluate_phase(self, name: str, title: str) -> Answers | None:
@@ -652,8 +687,13 @@ class Loop:
                         groups = await decode(partial(self.pool.ask, among=seats), prompts, progress)
                     version = seats[0].version
                     break
-                except WorkersGone:
-                    self.display.warn("an evaluation lost all its workers and begins again")
+                except Exception as e:
+                    if not isinstance(root_cause(e), WorkersGone):
+                        raise
+                    self.display.warn(
+                        f"the evaluation of weights {seats[0].version} lost all its workers and begins again, with the "
+                        "newest weights"
+                    )
         met = {v for g in groups for f in g.facts for v in (f.oldest_version, f.newest_version)}
         assert met == {version}, f"an evaluation of version {version} met {met}"
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)

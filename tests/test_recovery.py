@@ -162,16 +162,17 @@ def config_of(directory: Path, *overrides: str) -> Config:
     return load(Config, QUICKSTART, [*SMALL, f"runs_dir={directory}", "name=run", *overrides])
 
 
-def began(directory: Path, *batches: int, **meta: Any) -> Config:
+def began(directory: Path, *batches: int, config: Config | None = None) -> Config:
     """A run that was cut off, with checkpoints at ``batches``."""
-    config = config_of(directory)
+    config = config or config_of(directory)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     rundir.save_json(config.run_dir / "config.json", config.model_dump())
     rundir.append_event(config.run_dir, "start", restart=0, checkpoint=None, voided=0)
     for batch in batches:
         name = f"r0000-batch-{batch:06d}"
         entry = checkpoint.put(config.checkpoint_place, name, "learner-0-of-1.safetensors", b"weights")
-        state = {"batch": batch, "settings": config.model_dump(mode="json"), "inputs": {"data.train": "a"}} | meta
+        state = {"restart": 0, "batch": batch, "settings": config.model_dump(mode="json")}
+        state |= {"inputs": {"data.train": "a"}}
         checkpoint.commit(config.checkpoint_place, name, state, [entry])
     return config
 
@@ -179,6 +180,11 @@ def began(directory: Path, *batches: int, **meta: Any) -> Config:
 def claimed(config: Config, resume: str | None) -> tuple[recovery.Start, str]:
     screen = io.StringIO()
     return recovery.claim(config, resume, Display(Console(file=screen, width=200))), screen.getvalue()
+
+
+def begun(config: Config, start: recovery.Start) -> tuple[int, str]:
+    screen = io.StringIO()
+    return recovery.begin(config, start, Display(Console(file=screen, width=200))), screen.getvalue()
 
 
 def test_without_a_run_there_is_nothing_to_resume_but_auto_begins_one(tmp_path: Path) -> None:
@@ -200,18 +206,55 @@ def test_without_a_checkpoint_auto_begins_anew_and_a_plain_resume_says_so(tmp_pa
     start, screen = claimed(config, "auto")
     assert (start.restart, start.name) == (1, None) and "the run begins anew" in screen
     (config.run_dir / "metrics.jsonl").write_text('{"batch": 0}\n{"batch": 1}\n')
+    (config.run_dir / "evaluations.jsonl").write_text('{"version": 0}\n')
     (config.run_dir / "heldout.json").write_text("{}")
-    assert recovery.begin(config, start) == 2
-    assert (config.run_dir / "metrics.jsonl").read_text() == "" and not (config.run_dir / "heldout.json").exists()
+    assert begun(config, start)[0] == 3
+    for name in ("metrics", "evaluations"):
+        assert (config.run_dir / f"{name}.jsonl").read_text() == ""
+    assert not (config.run_dir / "heldout.json").exists()
 
 
 def test_the_newest_good_checkpoint_is_taken_or_the_one_that_is_named(tmp_path: Path) -> None:
     config = began(tmp_path, 2, 4, 6)
     assert claimed(config, "auto")[0].name == "r0000-batch-000006"
-    start, screen = claimed(config, "r0000-batch-000002")
+    start, _ = claimed(config, "r0000-batch-000002")
     assert (start.restart, start.name, start.files) == (1, "r0000-batch-000002", ("learner-0-of-1.safetensors",))
+    assert len(checkpoint.names(config.checkpoint_place)) == 3, "what is only asked for may still be refused"
+    _, screen = begun(config, start)
     assert "r0000-batch-000004 lies behind r0000-batch-000002 and is removed" in screen
     assert checkpoint.names(config.checkpoint_place) == ["r0000-batch-000002"]
+
+
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere_from_its_checkpoints(tmp_path: Path) -> None:
+    place = f"checkpoint.place={tmp_path / 'store'}"
+    here, there = (config_of(tmp_path / d, place) for d in ("here", "there"))
+    began(tmp_path / "here", 2, config=here)
+    with pytest.raises(ConfigError, match=r"already holds checkpoints of a run; go on with it \(--resume\)"):
+        claimed(there, None)
+    for resume in ("auto", "last"):
+        start, _ = claimed(there, resume)
+        assert (start.restart, start.name) == (1, "r0000-batch-000002")
+    begun(there, start)
+    assert claimed(there, "auto")[0].restart == 1
+    other = there.model_copy(update={"name": "other"})
+    assert claimed(other, "auto")[0] == recovery.Start()
+
+
+def test_a_run_that_was_cut_off_at_any_point_of_its_beginning_can_be_resumed(tmp_path: Path) -> None:
+    config = began(tmp_path, 2)
+    with (config.run_dir / "events.jsonl").open("a") as events:
+        events.write('{"kind": "st')  # as a full disk leaves it
+    for restart in (1, 2):
+        start, _ = claimed(config, "auto")
+        assert start.restart == restart
+        begun(config, start)
+    assert [e["kind"] for e in read_lines(config.run_dir / "events.jsonl")] == ["start"] * 3
+
+
+def test_fewer_batches_than_the_run_has_draws_for_are_refused(tmp_path: Path) -> None:
+    began(tmp_path, 2)
+    with pytest.raises(ConfigError, match=r"train.num_batches: got 3, takes the run's 90 or more"):
+        claimed(config_of(tmp_path, "train.num_batches=3"), "auto")
 
 
 def test_a_name_that_is_no_checkpoint_is_refused_with_those_there_are(tmp_path: Path) -> None:

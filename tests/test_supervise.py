@@ -20,13 +20,15 @@ from rich.console import Console
 from stepgrpo import supervise
 from stepgrpo.console import Display
 supervise.FIRST_BACKOFF_SECONDS, supervise.MAX_BACKOFF_SECONDS = {backoff}
-supervise.GRACE_SECONDS = 0.5
+supervise.GRACE_SECONDS, supervise.LOOK_SECONDS = 0.5, 0.1
 here = Path(sys.argv[1])
 status = supervise.run(
     [sys.executable, str(here / "driver.py")],
     max_restarts={max_restarts},
     display=Display(Console(file=sys.stderr, highlight=False)),
     progress=lambda: len(list(here.glob("checkpoint-*"))),
+    hung_seconds=1,
+    stacks=here,
 )
 sys.exit(status)
 """
@@ -83,6 +85,21 @@ def test_a_driver_that_is_ended_from_within_its_libraries_is_started_again(tmp_p
     status, words = ends(tmp_path, "if n == 0: os._exit(1)")
     assert status == 0 and len(starts(tmp_path)) == 2
     assert words.startswith("the driver ended with status 1 after N s: restart 1 of 3")
+
+
+def test_a_driver_that_hangs_is_killed_and_started_again_and_leaves_its_stack(tmp_path):
+    driver = """
+def hangs_here():
+    time.sleep(100)
+if n == 0:
+    Path(os.environ["STEPGRPO_SCRATCH"], "beat").touch()
+    hangs_here()
+"""
+    status, words = ends(tmp_path, driver)
+    assert status == 0 and len(starts(tmp_path)) == 2
+    assert "the driver gave no sign of life for" in words and "restart 1 of 3" in words
+    (stack,) = tmp_path.glob("stacks-*.txt")
+    assert "hangs_here" in stack.read_text()
 
 
 def test_the_last_word_of_the_supervisor_names_the_first_cause_too(tmp_path):
