@@ -248,7 +248,7 @@ def table(config: CompareConfig, rows: Sequence[dict[str, Any]]) -> dict[str, An
                 "seeds": len(seeds),
                 "accuracy": asdict(accuracy),
                 "tokens": asdict(tokens),
-                "probe_tokens": float(_matrix(answers, seeds, "decoded").mean() - tokens.mean),
+                "probe_tokens": round(float(_matrix(answers, seeds, "decoded").mean() - tokens.mean), 3),
                 "share": share and asdict(share),
                 "steps": asdict(steps),
                 "published": method.published,
