@@ -269,7 +269,7 @@ def kill(run: Run, name: str, rng: random.Random, nodes: Nodes | None) -> Kill:
     aim, delay, pick = rng.choice(PHASES), rng.uniform(0, MAX_DELAY_SECONDS), rng.random()
     kind = KINDS.get(name)
     before = median(rate for _, rate in run.rates()[-10:])
-    run.until(lambda started=time.monotonic(): time.monotonic() - started > delay, "the moment")
+    run.until(lambda: False, "the moment", delay)
     found = run.processes(kind.process) if kind else []
     if kind and not found:
         raise Failed(f"there is no {name} to kill")
@@ -303,6 +303,7 @@ def kill(run: Run, name: str, rng: random.Random, nodes: Nodes | None) -> Kill:
     is_full = run.until(full_rate, "the rate", RATE_SECONDS)
     full = time.monotonic() - at
     new = run.starts()[num_starts:]
+    finished = 1 + max(batch for restart, batch in run.seen if restart == last[0])
     run.until(lambda: len(run.processes(ENGINE)) == NUM_WORKERS, "the end of a lost engine", AIM_SECONDS)
     return Kill(
         kind=name,
@@ -312,7 +313,7 @@ def kill(run: Run, name: str, rng: random.Random, nodes: Nodes | None) -> Kill:
         whole=round(max(whole, next_batch) if new else whole, 1),
         full_rate=round(full, 1) if is_full else None,
         restarts=len(new),
-        repeated=last[1] + 1 - _batch_of(new[0]["checkpoint"]) if new else 0,
+        repeated=finished - _batch_of(new[0]["checkpoint"]) if new else 0,
         engines_left=len(run.processes(ENGINE)) - NUM_WORKERS,
     )
 
