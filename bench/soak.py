@@ -44,6 +44,7 @@ NUM_WORKERS, EVERY = 2, 2
 SETTINGS = (
     "name=soak",
     "data.eval=null",
+    "eval.every=0",
     f"rollout.workers={NUM_WORKERS}",
     "rollout.group_size=4",
     "rollout.health_seconds=10",
@@ -141,6 +142,7 @@ class Run:
         self.seen: dict[tuple[int, int], float] = {}
         """(restart, batch) -> when its line appeared."""
         self._stat: tuple[int, float] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *more: str) -> None:
         command = [sys.executable, "-m", "stepgrpo", "train", str(CONFIG), *self._settings, *more]
@@ -148,6 +150,7 @@ class Run:
 
     def wait(self) -> int:
         """Until it has ended; its exit status."""
+        assert self._process
         while (status := self._process.poll()) is None:
             self.look()
             time.sleep(POLL_SECONDS)
@@ -155,7 +158,7 @@ class Run:
         return status
 
     def end(self, sig: signal.Signals) -> None:
-        if self._process.poll() is None:
+        if self._process and self._process.poll() is None:
             self._process.send_signal(sig)
             try:
                 self._process.wait(60)
@@ -183,6 +186,7 @@ class Run:
         Raises:
             Failed: the run ended meanwhile, or patience is at its end.
         """
+        assert self._process
         start = time.monotonic()
         while True:
             self.look()
@@ -213,6 +217,7 @@ class Run:
 
     def processes(self, title: str) -> list[psutil.Process]:
         if not title:
+            assert self._process
             return [p for p in psutil.Process(self._process.pid).children() if "stepgrpo" in _words(p)]
         # Of ours, not of the supervisor: that of a cluster are not its.
         return [p for p in psutil.Process().children(recursive=True) if _title(p).startswith(title)]
@@ -363,10 +368,12 @@ def soak(args: argparse.Namespace, scratch: Path, log: IO[str]) -> dict[str, Any
         run.start(f"train.num_batches={ENDLESS}", "train.max_restarts=10")
         run.until(lambda: len(run.seen) >= 10, "the first ten batches")
         for i, name in enumerate(chosen):
+            if time.monotonic() - start > 60 * args.minutes:
+                break
             k = kill(run, name, rng, nodes)
             kills.append(k)
             print(f"{i + 1}/{len(chosen)} after {time.monotonic() - start:,.0f} s: {asdict(k)}", flush=True)
-        run.end(signal.SIGINT)
+        run.end(signal.SIGTERM)
         num_batches = run.last[1] + 5
         run.start(f"train.num_batches={num_batches}", "--resume", "last")
         if status := run.wait():
@@ -459,6 +466,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=90, help="after which nothing more is killed")
     parser.add_argument("--quick", action="store_true", help="5 kills")
     parser.add_argument("--cluster", action="store_true", help="kill nodes of a cluster of three")
     parser.add_argument("--checkpoint-cost", action="store_true")

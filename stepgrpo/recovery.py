@@ -104,6 +104,12 @@ def claim(config: Config, resume: str | None, display: Display) -> Start:
         _same_settings(json.loads((directory / "config.json").read_text()), config)
         return Start(restart)
     _same_settings(manifest.meta["settings"], config)
+    fewest = manifest.meta["batch"] + config.train.max_staleness + 1
+    if config.train.num_batches < min(fewest, manifest.meta["settings"]["train"]["num_batches"]):
+        raise ConfigError(
+            f"--resume: train.num_batches: got {config.train.num_batches}, takes {fewest} or more: so far reach draws "
+            f"that {manifest.name} has under way"
+        )
     return Start(restart, manifest.name, manifest.meta, tuple(f.name for f in manifest.files))
 
 
@@ -185,11 +191,6 @@ def _same_settings(then: dict[str, Any], config: Config) -> None:
                 f"--resume: {key}: got {got!r}, the run has {has!r}; resume it as it is, or begin a new one"
             )
     num_batches, schedule = before.train.num_batches, config.learner.schedule
-    if config.train.num_batches < num_batches:
-        raise ConfigError(
-            f"--resume: train.num_batches: got {config.train.num_batches}, takes the run's {num_batches} or more: its "
-            "draws are under way"
-        )
     if num_batches != config.train.num_batches and schedule != "constant":
         raise ConfigError(
             f"--resume: train.num_batches: got {config.train.num_batches}, the run has {num_batches}, on which its "

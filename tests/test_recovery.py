@@ -252,9 +252,11 @@ def test_a_run_that_was_cut_off_at_any_point_of_its_beginning_can_be_resumed(tmp
 
 
 def test_fewer_batches_than_the_run_has_draws_for_are_refused(tmp_path: Path) -> None:
-    began(tmp_path, 2)
-    with pytest.raises(ConfigError, match=r"train.num_batches: got 3, takes the run's 90 or more"):
-        claimed(config_of(tmp_path, "train.num_batches=3"), "auto")
+    constant = "learner.schedule=constant"
+    began(tmp_path, 2, config=config_of(tmp_path, constant))
+    with pytest.raises(ConfigError, match=r"train\.num_batches: got 3, takes 4 or more"):
+        claimed(config_of(tmp_path, constant, "train.num_batches=3"), "auto")
+    assert claimed(config_of(tmp_path, constant, "train.num_batches=4"), "auto")[0].name == "r0000-batch-000002"
 
 
 def test_a_name_that_is_no_checkpoint_is_refused_with_those_there_are(tmp_path: Path) -> None:
