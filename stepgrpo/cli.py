@@ -102,7 +102,7 @@ def _supervise(settings: Config, display: Display) -> NoReturn:
             display=display,
             progress=reached,
             hung_seconds=settings.train.wait_limit,
-            stacks=settings.run_dir,
+            keep=settings.run_dir,
         )
     )
 
@@ -423,6 +423,7 @@ def _guard(job: Callable[[Display], None]) -> None:
 
         from stepgrpo.checkpoint import CheckpointError
         from stepgrpo.data import DataError
+        from stepgrpo.launch import SCRATCH
         from stepgrpo.pool import TrainError, one_line, root_cause
         from stepgrpo.supervise import RECOVERABLE
         from stepgrpo.watchdog import Stuck
@@ -432,7 +433,8 @@ def _guard(job: Callable[[Display], None]) -> None:
             _stop(display, str(first), 2)
         if isinstance(first, RayError | Stuck) and not isinstance(first, RayTaskError):
             # Not what was asked for failed, but what it ran on: the supervisor starts it again.
-            _stop(display, "\n".join([one_line(e), *_notes(first), *_notes(e)]), RECOVERABLE)
+            where = [] if SCRATCH in os.environ else _notes(e)  # the supervisor takes the logs along
+            _stop(display, "\n".join([one_line(e), *_notes(first), *where]), RECOVERABLE)
         if isinstance(first, TrainError | TimeoutError | CheckpointError):
             _stop(display, "\n".join([str(first), *_notes(e)]), 1)
         if first is not e:  # raised in an actor: the traceback lies in the run directory, and does not fit a screen

@@ -53,13 +53,17 @@ def alone(directory: Path, what: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / _LOCK).open("w")
     except OSError as e:
-        raise ConfigError(f"runs_dir: {directory} cannot be written ({e.strerror})") from None
+        raise ConfigError(f"runs_dir: got {directory.parent}, cannot be written ({e.strerror})") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{directory}: another {what} works here; wait for it, or stop it") from None
-        yield
+        try:
+            yield
+        finally:
+            if is_free(directory):
+                (directory / _LOCK).unlink(missing_ok=True)
 
 
 def _free_name(directory: Path) -> str:

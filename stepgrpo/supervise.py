@@ -56,7 +56,7 @@ def run(
     display: Display,
     progress: Callable[[], object] = lambda: None,
     hung_seconds: float = math.inf,
-    stacks: Path | None = None,
+    keep: Path | None = None,
 ) -> int:
     """Run ``command`` on this terminal until it ends for good; call it from the main thread.
 
@@ -68,7 +68,7 @@ def run(
         max_restarts: in a row without progress.
         progress: its value changes with every new checkpoint; must not raise.
         hung_seconds: without a ``heartbeat``, after which a driver that once gave one is killed.
-        stacks: directory for the stack of one that hung.
+        keep: directory for what is left of one that is started again: Ray's logs, and its stack if it hung.
 
     Returns:
         The exit status of the last driver, 128 + n where signal n ended it.
@@ -91,9 +91,9 @@ def run(
                 if not beat.exists() or (silent := time.time() - beat.stat().st_mtime) < hung_seconds:
                     return False
                 display.warn(f"the driver gave no sign of life for {clock(silent)} and is killed")
-                if stacks is not None:
+                if keep is not None:
                     with contextlib.suppress(OSError):
-                        display.warn(f"its stack: {dump_stacks(stacks, {'driver': pid})}")
+                        display.warn(f"its stack: {dump_stacks(keep, {'driver': pid})}")
                 return True
 
             status, wished = _until_end(driver, wishes, hangs)
@@ -111,6 +111,7 @@ def run(
             mark.unlink(missing_ok=True)
             recoverable = not wished and not own_end and -status not in _WISHES
             restart = recoverable and len(causes) <= max_restarts
+            logs = _saved_logs(Path(scratch), keep) if restart and keep else ""
             _remove(scratch, keep_logs=status >= 0 and not restart)
             if not restart:
                 if recoverable:
@@ -118,7 +119,7 @@ def run(
                     display.warn(f"{cause}: given up after {max_restarts} restart(s) without a new checkpoint{first}")
                 return status if status >= 0 else 128 - status
             pause = min(FIRST_BACKOFF_SECONDS * 2.0 ** (len(causes) - 1), MAX_BACKOFF_SECONDS)
-            display.warn(f"{cause}: restart {len(causes)} of {max_restarts} in {pause:g} s")
+            display.warn(f"{cause}: restart {len(causes)} of {max_restarts} in {pause:g} s{logs}")
             if wish := signal.sigtimedwait(wishes, pause):
                 return 128 + wish.si_signo
             if tuple(command[-2:]) != RESUME:
@@ -221,6 +222,16 @@ def _remove(scratch: str, *, keep_logs: bool) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
     # Whoever joins removes what dead owners left beside it.
     SharedWeights(Path("/dev/shm") / f"stepgrpo-{os.getuid()}-{Path(scratch).name}").close()
+
+
+def _saved_logs(scratch: Path, directory: Path) -> str:
+    """Take Ray's logs along; says where they are."""
+    target = directory / time.strftime("ray-logs-%Y%m%d-%H%M%S")
+    for logs in scratch.glob("*/session_*/logs"):
+        if not logs.parent.is_symlink():
+            with contextlib.suppress(OSError):
+                shutil.copytree(logs, target, symlinks=True, dirs_exist_ok=True)
+    return f"; Ray's logs: {target}" if target.is_dir() else ""
 
 
 def _prctl(option: int, value: int) -> None:

@@ -150,7 +150,8 @@ def test_a_directory_that_holds_a_run_is_left_alone_and_another_name_offered(tmp
     (tmp_path / "runs" / "x").mkdir(parents=True)
     (tmp_path / "runs" / "x" / "metrics.jsonl").write_text("")
     assert refusal(tmp_path) == (
-        f"name: {tmp_path / 'runs' / 'x'} already holds a run; choose another with name=x-2, or remove it"
+        f"name: {tmp_path / 'runs' / 'x'} already holds a run; go on with it (--resume), choose another with name=x-2, "
+        "or remove it"
     )
 
 

@@ -37,8 +37,8 @@ SECRETS = {
 
 
 def variables(**more: str) -> dict[str, str]:
-    """Of a command of its own: with a supervisor, and without the tests' cluster."""
-    inherited = {k: v for k, v in os.environ.items() if k not in (SCRATCH, "RAY_ADDRESS")}
+    """Of a command of its own: with a supervisor, and without the tests' cluster and their service of wandb."""
+    inherited = {k: v for k, v in os.environ.items() if k not in (SCRATCH, "RAY_ADDRESS", "WANDB_SERVICE")}
     return inherited | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"} | more
 
 

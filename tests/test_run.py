@@ -57,7 +57,6 @@ SMALL = [
 ENDLESS = [*SMALL, "train.num_batches=10000", "eval.num_prompts=4"]
 SECONDS_TO_START = 300.0
 SECONDS_TO_STOP = 10.0
-SECONDS_TO_FAIL = 60.0
 ACTORS = ("ray::RolloutWorker", "ray::LearnerWorker", "VLLM::EngineCore")
 
 Json = dict[str, Any]
@@ -403,7 +402,7 @@ def test_triggers_proposes_the_word_the_model_opens_its_checks_with(cluster: str
     result = CliRunner().invoke(app, [*command, "eval.num_prompts=20"])
     assert result.exit_code == 0, result.output
     assert json.loads(output.read_text())["triggers"] == ["Wait"]
-    assert result.output.splitlines()[-1] == "rollout.triggers: [Wait]"
+    assert result.output.splitlines()[-1] == 'rollout.triggers: ["Wait"]'
 
 
 def test_what_people_read_of_a_run_is_kept_with_rewards_and_probes(stale: Run) -> None:
@@ -456,7 +455,7 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
 
 @contextmanager
 def in_training(
-    directory: Path, before_start: Callable[[], object] | None = None
+    directory: Path, before_start: Callable[[], object] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path, Path]]:
     """The command, in the middle of an endless training: (process, run directory, what it printed)."""
     screen = directory / "screen.txt"
@@ -516,18 +515,6 @@ def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Pa
     assert not any(w.exists() for w in weights)
     assert screen.read_text().splitlines()[-1] == "error: interrupted"
     assert_usable(run_dir, "interrupted")
-
-
-def test_a_run_whose_engine_dies_ends_by_itself_and_says_so(cluster: str, tmp_path: Path) -> None:
-    with in_training(tmp_path) as (process, run_dir, screen):
-        (engine,) = titled(descendants(), "VLLM::EngineCore")
-        engine.kill()
-        assert process.wait(SECONDS_TO_FAIL) == 1
-    *before, last = screen.read_text().splitlines()
-    assert last.startswith("error: ") and "the vLLM engine died" in last
-    assert not any("Traceback" in x or x.startswith("  File") for x in before)
-    assert "EngineDied" in (run_dir / "error.txt").read_text()
-    assert_usable(run_dir, "failed")
 
 
 def test_more_than_the_cluster_has_is_refused_and_leaves_the_name_free(cluster: str, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from stepgrpo.supervise import RECOVERABLE
 
 SUPERVISOR = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background of a script ignores
 from pathlib import Path
 from rich.console import Console
 from stepgrpo import supervise
@@ -28,7 +29,7 @@ status = supervise.run(
     display=Display(Console(file=sys.stderr, highlight=False)),
     progress=lambda: len(list(here.glob("checkpoint-*"))),
     hung_seconds=1,
-    stacks=here,
+    keep=here,
 )
 sys.exit(status)
 """
@@ -85,6 +86,19 @@ def test_a_driver_that_is_ended_from_within_its_libraries_is_started_again(tmp_p
     status, words = ends(tmp_path, "if n == 0: os._exit(1)")
     assert status == 0 and len(starts(tmp_path)) == 2
     assert words.startswith("the driver ended with status 1 after N s: restart 1 of 3")
+
+
+def test_the_logs_of_a_killed_driver_are_taken_along(tmp_path):
+    driver = """
+logs = Path(os.environ["STEPGRPO_SCRATCH"], "sgx", "session_1", "logs")
+if n == 0:
+    logs.mkdir(parents=True)
+    (logs / "raylet.out").write_text("why")
+    kill()
+"""
+    _, words = ends(tmp_path, driver)
+    (logs,) = tmp_path.glob("ray-logs-*")
+    assert (logs / "raylet.out").read_text() == "why" and words.rstrip().endswith(f"Ray's logs: {logs}")
 
 
 def test_a_driver_that_hangs_is_killed_and_started_again_and_leaves_its_stack(tmp_path):
