@@ -3,7 +3,7 @@
     python bench/soak.py [--kills 50] [--seed 0] [--out FILE] [key=value ...]
     python bench/soak.py --quick                     # 5 kills
     python bench/soak.py --cluster [--kills 5]       # whole Ray nodes with a rollout worker die, and new ones come
-    python bench/soak.py --checkpoint-cost [--repetitions 3]
+    python bench/soak.py --checkpoint-cost [--checkpoints 60]
 
 One `stepgrpo train` of the miniature with two rollout workers. A process of it is killed (SIGKILL) or stopped for good
 (SIGSTOP: it hangs) at a random moment; when the run is whole again, the next one. Which process and when follows from
@@ -34,7 +34,7 @@ from statistics import median
 from typing import IO, Any
 
 import psutil
-from figures import machine, spread, table
+from figures import machine, table
 
 from stepgrpo.rundir import read_json_lines
 
@@ -61,6 +61,8 @@ ON_ONE_NODE = ("cluster.cpus_per_worker=0.5", "cluster.cpus_per_rank=0.5")
 # The rank fits on the head alone, and fills it.
 ON_NODES = ("cluster.cpus_per_worker=1", "cluster.cpus_per_rank=2")
 ENDLESS = 1_000_000
+COST_EVERY = 4
+"""Batches between two checkpoints whose cost is measured."""
 
 PHASES = ("generate", "ingest", "update", "publish", "save")
 METHODS = {"ingest": "ingest", "fetch": "ingest", "update": "update", "publish": "publish", "checkpoint": "save"}
@@ -445,21 +447,31 @@ def show(result: dict[str, Any]) -> None:
 
 
 def checkpoint_cost(args: argparse.Namespace, scratch: Path, log: IO[str]) -> dict[str, Any]:
-    """Seconds per batch with a checkpoint after each, against none at all, in turns."""
-    seconds: dict[int, list[float]] = {1: [], 0: []}
-    for repetition in range(args.repetitions):
-        for every in sorted(seconds, reverse=repetition % 2 == 0):
-            run = Run(scratch / f"{every}-{repetition}", log, [*args.settings, *ON_ONE_NODE])
-            run.start("train.num_batches=40", f"checkpoint.every={every}")
-            if status := run.wait():
-                raise Failed(f"the run ended with status {status}")
-            between = [b - a for a, b in pairwise(run.seen.values())]
-            seconds[every].append(round(median(between[5:]), 3))
-            print(f"checkpoint.every={every}: {seconds[every][-1]} s per batch", flush=True)
-    ratios = [a / b for a, b in zip(seconds[1], seconds[0], strict=True)]
-    print(f"\n{machine()}")
-    print(f"each batch {spread(seconds[1])} s, none {spread(seconds[0])} s; ratio {spread(ratios)}")
-    return {"machine": machine(), "every batch": seconds[1], "none": seconds[0], "ratios": ratios, "passed": True}
+    """Seconds of the batches during which a checkpoint is saved, against those between: in one run, so that what the
+    machine does meanwhile falls on both."""
+    run = Run(scratch, log, [*args.settings, *ON_ONE_NODE, f"checkpoint.every={COST_EVERY}"])
+    run.start(f"train.num_batches={COST_EVERY * args.checkpoints}")
+    if status := run.wait():
+        raise Failed(f"the run ended with status {status}")
+    at = [run.seen[key] for key in sorted(run.seen)]
+    seconds = [b - a for a, b in pairwise(at)]  # the first is that of batch 1
+    # The first round warms up.
+    rounds = [seconds[i : i + COST_EVERY] for i in range(COST_EVERY - 1, len(seconds) - COST_EVERY + 1, COST_EVERY)]
+    saving, between = [r[0] for r in rounds], [r[-1] for r in rounds]
+    resampled = [random.Random(i).choices(range(len(rounds)), k=len(rounds)) for i in range(2000)]
+    ratios = sorted(median(saving[i] for i in c) / median(between[i] for i in c) for c in resampled)
+    result = {
+        "machine": machine(),
+        "checkpoints": len(rounds),
+        "seconds_saving": round(median(saving), 3),
+        "seconds_between": round(median(between), 3),
+        "ratio": round(median(saving) / median(between), 3),
+        "ratio_95": [round(ratios[50], 3), round(ratios[-51], 3)],
+        "by_position": [round(median(r[i] for r in rounds), 3) for i in range(COST_EVERY)],
+        "passed": True,
+    }
+    print(json.dumps(result, indent=1))
+    return result
 
 
 def main() -> None:
@@ -470,7 +482,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="5 kills")
     parser.add_argument("--cluster", action="store_true", help="kill nodes of a cluster of three")
     parser.add_argument("--checkpoint-cost", action="store_true")
-    parser.add_argument("--repetitions", type=int, default=3, help="of --checkpoint-cost")
+    parser.add_argument("--checkpoints", type=int, default=60, help="of --checkpoint-cost")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_args()

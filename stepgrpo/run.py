@@ -109,12 +109,22 @@ async def _train(
                     summary["exit_cost"] = asdict(cost)
     beat.cancel()
     if held_out:
-        figures = list(rundir.read_json_lines(config.run_dir / "evaluations.jsonl"))
-        for when, line in ("before", figures[0]), ("after", figures[-1]):
-            summary[when] = {k: v for k, v in line.items() if k not in ("update", "restart")}
-        answers = json.loads((config.run_dir / "heldout.json").read_text())
-        ratio = compression(Answers(**answers["before"]), Answers(**answers["after"]))
-        summary["compression"] = asdict(ratio)
+        summary |= _before_and_after(config)
+
+
+def _before_and_after(config: Config) -> dict[str, Any]:
+    """Held-out figures of a run that is done; only those after it, where the others were lost with its machine."""
+    lines = rundir.read_json_lines(config.run_dir / "evaluations.jsonl")
+    by_version = {line.pop("version"): line for line in lines}
+    answers = json.loads((config.run_dir / "heldout.json").read_text())
+    out: dict[str, Any] = {}
+    for when, version in (("before", 0), ("after", max(by_version))):
+        if version in by_version and when in answers:
+            figures = {k: v for k, v in by_version[version].items() if k not in ("update", "restart")}
+            out[when] = {"version": version, **figures}
+    if len(out) == 2:
+        out["compression"] = asdict(compression(Answers(**answers["before"]), Answers(**answers["after"])))
+    return out
 
 
 def evaluate(
