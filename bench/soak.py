@@ -120,7 +120,8 @@ class Kill:
     whole: float
     """Seconds until all workers are up again."""
     full_rate: float | None
-    """Seconds until the median rate of three batches is 80 % of that of the ten before; None: it did not come back."""
+    """Seconds until the median rate of three batches is 80 % of that of the ten before, looked at from when all workers
+    are up; None: it did not come back."""
     restarts: int
     repeated: int
     """Finished batches that were trained again from the checkpoint."""
@@ -447,9 +448,12 @@ def show(result: dict[str, Any]) -> None:
 
 
 def checkpoint_cost(args: argparse.Namespace, scratch: Path, log: IO[str]) -> dict[str, Any]:
-    """Seconds of the batches during which a checkpoint is saved, against those between: in one run, so that what the
-    machine does meanwhile falls on both."""
-    run = Run(scratch, log, [*args.settings, *ON_ONE_NODE, f"checkpoint.every={COST_EVERY}"])
+    """Seconds of the batches during which a checkpoint is saved, against the last ones before the next, in one run.
+
+    Batches differ in length by their draws: read it against the same with `checkpoint.every=0`.
+    """
+    where = machine()
+    run = Run(scratch, log, [*ON_ONE_NODE, f"checkpoint.every={COST_EVERY}", *args.settings])
     run.start(f"train.num_batches={COST_EVERY * args.checkpoints}")
     if status := run.wait():
         raise Failed(f"the run ended with status {status}")
@@ -461,7 +465,7 @@ def checkpoint_cost(args: argparse.Namespace, scratch: Path, log: IO[str]) -> di
     resampled = [random.Random(i).choices(range(len(rounds)), k=len(rounds)) for i in range(2000)]
     ratios = sorted(median(saving[i] for i in c) / median(between[i] for i in c) for c in resampled)
     result = {
-        "machine": machine(),
+        "machine": where,
         "checkpoints": len(rounds),
         "seconds_saving": round(median(saving), 3),
         "seconds_between": round(median(between), 3),
