@@ -458,11 +458,14 @@ def run(*arguments: object, status: int = 0) -> str:
 
 
 def test_inspect_lists_all_with_their_state(tmp_path: Path) -> None:
-    write(tmp_path, 1, accuracy=0.625)
-    write(tmp_path, 2)
-    (tmp_path / "batch-000002" / "data-0.bin").write_bytes(b"")
-    checkpoint.put(tmp_path, "batch-000003", "data-0.bin", b"x")
-    head, _, _, first, second, third, *faults = [line for line in run("inspect", tmp_path).splitlines() if line.strip()]
+    place = tmp_path / "checkpoints"
+    write(place, 1)
+    write(place, 2)
+    # Of the run: a checkpoint is written before its weights are measured.
+    (tmp_path / "evaluations.jsonl").write_text('{"version": 1, "accuracy": {"mean": 0.625}}\n')
+    (place / "batch-000002" / "data-0.bin").write_bytes(b"")
+    checkpoint.put(place, "batch-000003", "data-0.bin", b"x")
+    head, _, _, first, second, third, *faults = [line for line in run("inspect", place).splitlines() if line.strip()]
     assert "restart" in head and first.split()[0] == "batch-000001" and first.split()[-2:] == ["62.5", "good"]
     assert second.split()[-1] == third.split()[-1] == "bad"
     assert faults == [
