@@ -240,7 +240,7 @@ def prune(
     *,
     keep_last: int,
     keep_best: int = 0,
-    accuracy: Callable[[Manifest], float | None] = lambda m: m.meta.get("accuracy"),
+    accuracy: Callable[[Manifest], float | None] = lambda _: None,
 ) -> list[str]:
     """Remove what need not be kept, and half-written ones older than the newest commit.
 

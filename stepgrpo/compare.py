@@ -32,6 +32,7 @@ from stepgrpo.config import (
     SftConfig,
     flat,
     is_own,
+    is_under,
     load,
     overlay,
     read,
@@ -361,7 +362,7 @@ _MISSING = object()
 def _settings(config: Config, method: MethodConfig) -> dict[str, Any]:
     """Everything that decides about a row."""
     tree = config.model_dump(mode="json") | {"kind": method.kind, "sft": method.sft}
-    return {k: v for k, v in flat(tree).items() if not any(f"{k}.".startswith(f"{w}.") for w in _WHERE_IT_RUNS)}
+    return {k: v for k, v in flat(tree).items() if not is_under(k, _WHERE_IT_RUNS)}
 
 
 @cache

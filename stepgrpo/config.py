@@ -7,6 +7,7 @@ Everything here is what a person may want to set; what a machine can find out is
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -678,6 +679,11 @@ def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     for k, v in tree.items():
         out |= flat(v, f"{above}{k}.") if isinstance(v, dict) and v else {f"{above}{k}": v}
     return out
+
+
+def is_under(field: str, parts: Iterable[str]) -> bool:
+    """Whether a dotted field is one of the parts of a config, or in one of them."""
+    return any(f"{field}.".startswith(f"{part}.") for part in parts)
 
 
 def _explain(cls: type[BaseModel], err: Any) -> str:

@@ -22,6 +22,8 @@ from stepgrpo.watchdog import Stuck, waiting
 # An interrupted run is over within ten seconds: this, the closing and Ray's own end.
 SAVE_SECONDS_WHEN_INTERRUPTED = 4.0
 SAVE_SECONDS_AFTER_A_FAILURE = 120.0
+# Supervised learning has no such settings, and RL's are about a batch.
+SAVE_WARNING_SECONDS, SAVE_LIMIT_SECONDS = 300.0, 3600.0
 CLOSE_SECONDS = 2.0
 
 
@@ -49,7 +51,7 @@ async def rollout_crew(config: Config, display: Display, *, learner: bool) -> As
         start_timeout=seconds,
         max_failures=config.train.max_failures,
         display=display,
-        events=config.run_dir / "events.jsonl" if learner else None,
+        run_dir=config.run_dir if learner else None,
     )
     ranks: list[Any] = []
     try:
@@ -74,15 +76,12 @@ async def rollout_crew(config: Config, display: Display, *, learner: bool) -> As
 @asynccontextmanager
 async def learner_crew(config: SftConfig, display: Display, total_updates: int) -> AsyncIterator[list[Any]]:
     """Learner ranks alone, which neither grade nor have a reference."""
-    with display.phase("start", "starting DeepSpeed"):
-        seconds = config.cluster.start_timeout
-        ranks = _start_ranks(config, await _places(learner_bundles(config), seconds), total_updates)
-        try:
-            await launch.within(_set_up(ranks), seconds, "the learner's ranks")
-        except BaseException:
-            await _close(ranks)
-            raise
+    ranks: list[Any] = []
     try:
+        with display.phase("start", "starting DeepSpeed"):
+            seconds = config.cluster.start_timeout
+            ranks = _start_ranks(config, await _places(learner_bundles(config), seconds), total_updates)
+            await launch.within(_set_up(ranks), seconds, "the learner's ranks")
         yield ranks
     finally:
         await _close(ranks)
@@ -118,7 +117,9 @@ async def saved(
                     await _save(ranks, directory)
         raise
     with display.phase("save", "saving the model"):
-        async with waiting(f"{directory} to be saved", say=display.warn, warn=300, limit=3600):
+        async with waiting(
+            f"{directory} to be saved", say=display.warn, warn=SAVE_WARNING_SECONDS, limit=SAVE_LIMIT_SECONDS
+        ):
             await _save(ranks, directory)
 
 

@@ -204,6 +204,11 @@ class TriggerWatch:
         )
 
 
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With None for a figure that is not finite, which JSON cannot say."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
 def _ratio(a: float, b: float) -> float:
     return float(a) / float(b) if b else math.nan
 
@@ -244,7 +249,7 @@ class RunLog:
     def write(self, values: Mapping[str, float]) -> None:
         unknown = sorted(values.keys() - METRICS.keys())
         assert not unknown, f"metrics without a description in METRICS: {unknown}"
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        clean = finite(values)
         self._file.write(json.dumps(clean) + "\n")
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in clean.items() if v is not None}, step=int(values["update"]))

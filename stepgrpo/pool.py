@@ -26,7 +26,7 @@ from stepgrpo.actors.engine import EngineDied
 from stepgrpo.actors.rollout import GarbageError
 from stepgrpo.config import WorkersConfig
 from stepgrpo.launch import Bundle
-from stepgrpo.rundir import append_json
+from stepgrpo.rundir import append_event
 
 LOOK_SECONDS = 2.0
 """Between two looks at what is missing and what is drained."""
@@ -118,7 +118,7 @@ class Pool:
         health_seconds: without an answer to ``ping``, after which a worker counts as hung.
         start_timeout: seconds a worker may take to start, and ``limits.min`` workers may be missing.
         max_failures: in a row, after which the pool gives up.
-        events: JSON lines, one for each worker that joins, leaves or is lost; None: not written.
+        run_dir: gets an event for each worker that joins, leaves or is lost; None: none is written.
     """
 
     def __init__(
@@ -132,11 +132,11 @@ class Pool:
         start_timeout: float,
         max_failures: int,
         display: Warn,
-        events: Path | None = None,
+        run_dir: Path | None = None,
     ) -> None:
         self._make, self._bundle, self._limits, self._capacity = make, bundle, limits, capacity
         self._health_seconds, self._start_timeout = health_seconds, start_timeout
-        self._display, self._events = display, events
+        self._display, self._run_dir = display, run_dir
         self.failures = Failures(max_failures)
         self.seats: list[Seat] = []
         """Workers that take work, each with the newest weights or on the way to them."""
@@ -390,9 +390,8 @@ class Pool:
         self._tasks.add(asyncio.create_task(work))
 
     def _record(self, kind: str, worker: int, node: str | None, reason: str | None, reissued: list[int]) -> None:
-        if self._events:
-            event = {"time": round(time.time(), 3), "kind": kind, "worker": worker, "node": node}
-            append_json(self._events, event | {"reason": reason, "reissued": reissued})
+        if self._run_dir:
+            append_event(self._run_dir, kind, worker=worker, node=node, reason=reason, reissued=reissued)
 
 
 def _raise_failed(tasks: set[asyncio.Task[Any]]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from stepgrpo import checkpoint, rundir
 from stepgrpo.checkpoint import CheckpointError, Manifest
-from stepgrpo.config import Config, ConfigError, flat, validate
+from stepgrpo.config import Config, ConfigError, flat, is_under, validate
 from stepgrpo.console import Display
 from stepgrpo.data import Problem
 
@@ -97,7 +97,7 @@ def claim(config: Config, resume: str | None, display: Display) -> Start:
     except CheckpointError:
         restart += 1
     try:
-        manifest = _chosen(place, resume, display)
+        manifest = _chosen(place, there, resume, display)
     except CheckpointError as e:
         raise ConfigError(f"--resume: {e}") from None
     if manifest is None:
@@ -156,16 +156,16 @@ def check_inputs(start: Start, inputs: dict[str, str]) -> None:
             )
 
 
-def _chosen(place: str, resume: str, display: Display) -> Manifest | None:
+def _chosen(place: str, there: Sequence[str], resume: str, display: Display) -> Manifest | None:
     if resume not in (AUTO, LAST):
         try:
             manifest = checkpoint.verify(place, resume)
         except CheckpointError as e:
-            others = [n for n in checkpoint.names(place) if n != resume]
+            others = [n for n in there if n != resume]
             hint = f"; there are {', '.join(others)}" if others else ""
             raise CheckpointError(f"{e}{hint}") from None
         return manifest
-    if not checkpoint.names(place) and not (resume == LAST and checkpoint.half_written(place)):
+    if not there and not (resume == LAST and checkpoint.half_written(place)):
         if resume == AUTO:
             display.warn(f"{place} holds no checkpoint yet: the run begins anew")
             return None
@@ -186,7 +186,7 @@ def _same_settings(then: dict[str, Any], config: Config) -> None:
     a, b = (flat(c.model_dump(mode="json")) for c in (before, config))
     for key in sorted(a.keys() | b.keys()):
         got, has = b.get(key), a.get(key)
-        if got != has and not any(f"{key}.".startswith(f"{k}.") for k in _MAY_CHANGE):
+        if got != has and not is_under(key, _MAY_CHANGE):
             raise ConfigError(
                 f"--resume: {key}: got {got!r}, the run has {has!r}; resume it as it is, or begin a new one"
             )

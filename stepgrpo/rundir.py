@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
-import math
 import os
 import time
 import traceback
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgrpo.config import ConfigError
+from stepgrpo.metrics import finite
 
 
 def claim(directory: Path) -> None:
@@ -172,7 +172,6 @@ _LOCK = ".lock"
 
 def append_json(path: Path, record: Any) -> None:
     """Add one line to a file of JSON lines. A figure that is not finite, which JSON cannot say, is null."""
-    if isinstance(record, dict):
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    line = json.dumps(finite(record) if isinstance(record, dict) else record)
     with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
+        f.write(line + "\n")

@@ -44,12 +44,13 @@ from stepgrpo.pool import Pool, Seat, TrainError, WorkersGone, is_lost, one_line
 from stepgrpo.recovery import Start
 from stepgrpo.reward.credit import advantages, has_signal
 from stepgrpo.reward.schemes import make_scheme
-from stepgrpo.rundir import append_json, save_json
 from stepgrpo.types import GradedGroup, Prompt, WeightVersion
 from stepgrpo.watchdog import Stuck, Whereabouts, dump_actors, waiting
 
 RANKS_SECONDS = 5.0
 """Between two looks whether all ranks are alive."""
+SPILL_SECONDS = 10.0
+"""Between two looks at how much was spilled, which asks the head of the cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,8 @@ class Loop:
         self._evaluating: set[asyncio.Task[None]] = set()
         self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
         self._places: dict[str, Whereabouts] = {}
-        self._grader_failed = self._told_of_spilling = False
+        self._grader_failed = False
+        self._spilled = math.nan
         self._wake = asyncio.Event()
         self._closable = asyncio.Event()
         self._busy_since: float | None = None
@@ -134,10 +136,10 @@ class Loop:
                 heldout = json.loads(path.read_text()) if path.is_file() else {}
             elif before := await self._evaluate_phase("before", "the starting model"):
                 heldout["before"] = before.as_dict()
-                save_json(path, heldout, indent=None)
+                rundir.save_json(path, heldout, indent=None)
             await self._learn()
             if after := await self._evaluate_phase("after", "the trained model"):
-                save_json(path, heldout | {"after": after.as_dict()}, indent=None)
+                rundir.save_json(path, heldout | {"after": after.as_dict()}, indent=None)
 
     async def _learn(self) -> None:
         c = self.config
@@ -147,7 +149,7 @@ class Loop:
                 await self._restore()
             done = self.ledger.batch
             with self.display.phase("train", "training") as phase:
-                feeder = tasks.create_task(self._feed())
+                helpers = [tasks.create_task(work) for work in (self._feed(), self._watch_spilling())]
                 started = last = time.monotonic()
                 for index in range(done, c.train.num_batches):
                     batch = await self._closed_batch()
@@ -159,7 +161,8 @@ class Loop:
                     if self._eval_due(index + 1):
                         await self._start_evaluation()
                     last = time.monotonic()
-                feeder.cancel()
+                for helper in helpers:
+                    helper.cancel()
                 phase.result = f"{self.update} updates"
         assert self.ledger.in_flight == 0, "draws left over: neither trained on nor filtered"
         assert all(s.version == c.train.num_batches for s in self.pool.seats), "an engine without the last weights"
@@ -320,7 +323,7 @@ class Loop:
             "time/paused": max(self._pauses, default=math.nan),
             "rate/tokens": sum(f.num_tokens for s in used.values() for f in s.graded.facts) / (published - last),
             "weights/bytes": size,
-            "store/spilled": await self._spilled(),
+            "store/spilled": self._spilled,
             **self._saved,
             "workers/up": len(self.pool.seats),
             "workers/deaths": self.pool.deaths,
@@ -330,19 +333,18 @@ class Loop:
         self._busy_seconds, self._pauses = 0.0, []
         self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
 
-    async def _spilled(self) -> float:
+    async def _watch_spilling(self) -> None:
         """Slow disks in the place of memory are said once, and counted in the metrics."""
-        try:
-            spilled = await asyncio.to_thread(launch.spilled_bytes)
-        except Exception:  # a cluster that does not tell is no reason to stop
-            return math.nan
-        if spilled and not self._told_of_spilling:
-            self._told_of_spilling = True
-            self.display.warn(
-                "an object store is full and writes to disk, which is slow (store/spilled counts the bytes): raise "
-                "cluster.object_store_mb, or lower train.max_staleness or train.prompts_per_batch"
-            )
-        return float(spilled)
+        while True:
+            with suppress(Exception):  # a cluster that does not tell is no reason to stop
+                spilled = float(await asyncio.to_thread(launch.spilled_bytes))
+                if spilled and not self._spilled > 0:
+                    self.display.warn(
+                        "an object store is full and writes to disk, which is slow (store/spilled counts the bytes): "
+                        "raise cluster.object_store_mb, or lower train.max_staleness or train.prompts_per_batch"
+                    )
+                self._spilled = spilled
+            await asyncio.sleep(SPILL_SECONDS)
 
     async def _fetched(self, batch: ClosedBatch, plan: Plan, refs: dict[int, Any]) -> set[int]:
         """Have the batch on its ranks; returns the draws that were lost. Not within the update: a rank without a group
@@ -380,7 +382,7 @@ class Loop:
             return
         for t, reward, advantage in zip(line["trajectories"], rewards, credit, strict=True):
             t |= {"reward": round(float(reward), 4), "advantage": round(float(advantage), 4)}
-        append_json(self.config.run_dir / "samples.jsonl", {"batch": batch, **line})
+        rundir.append_json(self.config.run_dir / "samples.jsonl", {"batch": batch, **line})
 
     def _log_batch(
         self,
@@ -421,8 +423,8 @@ class Loop:
                 f"a response could not be graded and counts as wrong ({error}); reward/grader_failures counts them"
             )
         audit = {"batch": batch.index, "restart": self.start.restart}
-        append_json(c.run_dir / "draws.jsonl", audit | {"trained": batch.kept, "filtered": batch.filtered})
-        append_json(c.run_dir / "probes.jsonl", {"batch": batch.index, **metrics.probes_of(groups)})
+        rundir.append_json(c.run_dir / "draws.jsonl", audit | {"trained": batch.kept, "filtered": batch.filtered})
+        rundir.append_json(c.run_dir / "probes.jsonl", {"batch": batch.index, **metrics.probes_of(groups)})
         self.exit_counts.append(metrics.exit_counts(groups))
 
     def _watch(self, finding: str | None, where: str) -> None:
@@ -699,7 +701,7 @@ class Loop:
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)
         line = {"update": update, "restart": self.start.restart, **result.as_dict()}
         if version not in self.accuracy:  # that of the end is made again where the end was cut off
-            append_json(self.config.run_dir / "evaluations.jsonl", line)
+            rundir.append_json(self.config.run_dir / "evaluations.jsonl", line)
         self.accuracy[version] = result.accuracy.mean
         self._watch(self.eval_watch.see(result.steps.mean, result.tokens.mean), "held-out problems")
         # At the update of now, not of its start: Weights & Biases drops what goes back.

@@ -250,10 +250,12 @@ def test_a_name_that_is_not_there_is_said_to_be_so(place: str) -> None:
 def test_the_last_and_the_best_are_kept(place: str) -> None:
     for number, accuracy in enumerate([0.9, 0.1, 0.9, None, 0.2, float("nan"), 0.3]):
         write(place, number, accuracy)
-    assert checkpoint.prune(place, keep_last=2, keep_best=1) == [f"batch-00000{n}" for n in (0, 1, 3, 4)]
+    assert checkpoint.prune(place, keep_last=2, keep_best=1, accuracy=lambda m: m.meta["accuracy"]) == [
+        f"batch-00000{n}" for n in (0, 1, 3, 4)
+    ]
     assert checkpoint.names(place) == [f"batch-00000{n}" for n in (2, 5, 6)]  # of equally good ones the newer
     assert checkpoint.half_written(place) == []
-    assert checkpoint.prune(place, keep_last=2, keep_best=1) == []
+    assert checkpoint.prune(place, keep_last=2, keep_best=1, accuracy=lambda m: m.meta["accuracy"]) == []
 
 
 def test_the_best_may_be_told_by_whoever_measured_later(tmp_path: Path) -> None:
@@ -376,7 +378,7 @@ def save_forever(place: Path, start: int) -> None:
     number = start
     while True:
         write(place, number, accuracy=number % 7 / 7)
-        checkpoint.prune(place, keep_last=2, keep_best=1)
+        checkpoint.prune(place, keep_last=2, keep_best=1, accuracy=lambda m: m.meta["accuracy"])
         number += 1
 
 

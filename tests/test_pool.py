@@ -114,7 +114,7 @@ async def pool_of(directory: Path, least: int, most: int, **settings: Any) -> As
         WorkersConfig(min=least, max=most),
         capacity=4,
         display=Display(Console(file=io.StringIO())),
-        events=directory / "events.jsonl",
+        run_dir=directory,
         **keywords,
     )
     try:
