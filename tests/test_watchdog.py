@@ -162,10 +162,9 @@ async def test_stacks_of_actors_on_all_nodes_and_of_the_drivers_tasks_are_in_one
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with tempfile.TemporaryDirectory(prefix="sg", dir="/tmp") as directory:
+        monkeypatch.setenv("RAY_TMPDIR", directory)
         node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-        cluster = Cluster(
-            initialize_head=True, head_node_args={**node, "temp_dir": directory, "include_dashboard": False}
-        )
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:
             cluster.add_node(**node)
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
