@@ -170,8 +170,8 @@ _OF_BATCHES = {
 _LOCK = ".lock"
 
 
-def append_json(path: Path, record: Any) -> None:
-    """Add one line to a file of JSON lines. A figure that is not finite, which JSON cannot say, is null."""
-    line = json.dumps(finite(record) if isinstance(record, dict) else record)
+def append_json(path: Path, *records: dict[str, Any]) -> None:
+    """Add a line each to a file of JSON lines. A figure that is not finite, which JSON cannot say, is null."""
+    lines = [json.dumps(finite(record)) + "\n" for record in records]
     with path.open("a", encoding="utf-8") as f:
-        f.write(line + "\n")
+        f.write("".join(lines))

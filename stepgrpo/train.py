@@ -35,7 +35,7 @@ from ray.exceptions import RayActorError
 from stepgrpo import checkpoint, launch, metrics, rundir
 from stepgrpo.admission import ClosedBatch, Ledger
 from stepgrpo.config import Config
-from stepgrpo.console import Display, Phase, clock
+from stepgrpo.console import Display, Phase, progress_line
 from stepgrpo.data import PromptStream
 from stepgrpo.evaluate import Answers, Evaluation, decode, evaluation, shown
 from stepgrpo.launch import together
@@ -44,11 +44,16 @@ from stepgrpo.pool import Pool, Seat, TrainError, WorkersGone, is_lost, one_line
 from stepgrpo.recovery import Start
 from stepgrpo.reward.credit import advantages, has_signal
 from stepgrpo.reward.schemes import make_scheme
+from stepgrpo.spans import Spans
 from stepgrpo.types import GradedGroup, Prompt, WeightVersion
-from stepgrpo.watchdog import Stuck, Whereabouts, dump_actors, waiting
+from stepgrpo.watchdog import Stuck, Whereabouts, dump_actors, waiting, whereabouts
 
 RANKS_SECONDS = 5.0
 """Between two looks whether all ranks are alive."""
+SPANS_SECONDS = 5.0
+"""Between two times that what the actors did is written down, and for it."""
+LAST_SPANS_SECONDS = 2.0
+"""The same, of a run that ends."""
 SPILL_SECONDS = 10.0
 """Between two looks at how much was spilled, which asks the head of the cluster."""
 
@@ -106,13 +111,14 @@ class Loop:
         self.exit_counts: list[metrics.ExitCounts] = []
         self.rollout_watch, self.eval_watch = metrics.TriggerWatch(window=20), metrics.TriggerWatch(window=1)
         self.row: dict[str, Any] = {}
-        self.last_eval = ""
+        self.last_eval: tuple[float, float] | None = None
         self.accuracy: dict[int, float] = {}
         """Held-out accuracy by version of the weights."""
         self._saving: asyncio.Task[None] | None = None
         self._evaluating: set[asyncio.Task[None]] = set()
         self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
         self._places: dict[str, Whereabouts] = {}
+        self._spans = Spans()
         self._grader_failed = False
         self._spilled = math.nan
         self._wake = asyncio.Event()
@@ -128,7 +134,7 @@ class Loop:
         path = self.config.run_dir / "heldout.json"
         places = await self._on_ranks("a sign of life", lambda r: r.whereabouts.remote())
         self._places |= {f"learner rank {rank}": place for rank, place in enumerate(places)}
-        async with self.pool.serving(join=self._catch_up, on_change=self._wake.set), self._ranks_watched():
+        async with self.pool.serving(join=self._catch_up, on_change=self._wake.set), self._watching():
             for seat in list(self.pool.seats):
                 with suppress(Exception):  # lost already, which the pool finds out
                     await self._note_place(seat)
@@ -149,20 +155,21 @@ class Loop:
                 await self._restore()
             done = self.ledger.batch
             with self.display.phase("train", "training") as phase:
-                helpers = [tasks.create_task(work) for work in (self._feed(), self._watch_spilling())]
+                feeder = tasks.create_task(self._feed())
                 started = last = time.monotonic()
                 for index in range(done, c.train.num_batches):
-                    batch = await self._closed_batch()
-                    waited = time.monotonic() - last
-                    await self._train_batch(batch, waited, last)
-                    if self._checkpoint_due(index + 1):
-                        await self._checkpoint()
-                    self._show(phase, started, done, index + 1)
-                    if self._eval_due(index + 1):
-                        await self._start_evaluation()
-                    last = time.monotonic()
-                for helper in helpers:
-                    helper.cancel()
+                    with self._spans.span("batch", batch=index):
+                        with self._spans.span("wait", batch=index):
+                            batch = await self._closed_batch()
+                        waited = time.monotonic() - last
+                        await self._train_batch(batch, waited, last)
+                        if self._checkpoint_due(index + 1):
+                            await self._checkpoint()
+                        self._show(phase, started, done, index + 1)
+                        if self._eval_due(index + 1):
+                            await self._start_evaluation()
+                        last = time.monotonic()
+                feeder.cancel()
                 phase.result = f"{self.update} updates"
         assert self.ledger.in_flight == 0, "draws left over: neither trained on nor filtered"
         assert all(s.version == c.train.num_batches for s in self.pool.seats), "an engine without the last weights"
@@ -333,18 +340,16 @@ class Loop:
         self._busy_seconds, self._pauses = 0.0, []
         self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
 
-    async def _watch_spilling(self) -> None:
+    async def _look_at_spilling(self) -> None:
         """Slow disks in the place of memory are said once, and counted in the metrics."""
-        while True:
-            with suppress(Exception):  # a cluster that does not tell is no reason to stop
-                spilled = float(await asyncio.to_thread(launch.spilled_bytes))
-                if spilled and not self._spilled > 0:
-                    self.display.warn(
-                        "an object store is full and writes to disk, which is slow (store/spilled counts the bytes): "
-                        "raise cluster.object_store_mb, or lower train.max_staleness or train.prompts_per_batch"
-                    )
-                self._spilled = spilled
-            await asyncio.sleep(SPILL_SECONDS)
+        with suppress(Exception):  # a cluster that does not tell is no reason to stop
+            spilled = float(await asyncio.to_thread(launch.spilled_bytes))
+            if spilled and not self._spilled > 0:
+                self.display.warn(
+                    "an object store is full and writes to disk, which is slow (store/spilled counts the bytes): "
+                    "raise cluster.object_store_mb, or lower train.max_staleness or train.prompts_per_batch"
+                )
+            self._spilled = spilled
 
     async def _fetched(self, batch: ClosedBatch, plan: Plan, refs: dict[int, Any]) -> set[int]:
         """Have the batch on its ranks; returns the draws that were lost. Not within the update: a rank without a group
@@ -481,20 +486,46 @@ class Loop:
         return await dump_actors(self.config.run_dir, self._places)
 
     @asynccontextmanager
-    async def _ranks_watched(self) -> AsyncIterator[None]:
-        """The block fails when a rank dies, also while nothing is asked of it."""
+    async def _watching(self) -> AsyncIterator[None]:
+        """What goes on beside the block, which fails when a rank dies, also while nothing is asked of it."""
 
-        async def watch() -> None:
+        async def every(seconds: float, look: Callable[[], Awaitable[None]]) -> None:
             while True:
-                await asyncio.sleep(RANKS_SECONDS)
-                await self._raise_dead_rank("rest")
+                await look()
+                await asyncio.sleep(seconds)
 
-        async with asyncio.TaskGroup() as tasks:
-            watcher = tasks.create_task(watch())
-            yield
-            watcher.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                looks = [
+                    tasks.create_task(every(RANKS_SECONDS, self._raise_dead_rank)),
+                    tasks.create_task(every(SPILL_SECONDS, self._look_at_spilling)),
+                    tasks.create_task(every(SPANS_SECONDS, self._keep_spans)),
+                ]
+                yield
+                for look in looks:
+                    look.cancel()
+        finally:
+            await self._keep_spans(LAST_SPANS_SECONDS)
 
-    async def _raise_dead_rank(self, during: str) -> None:
+    async def _keep_spans(self, seconds: float = SPANS_SECONDS) -> None:
+        """Write down what everybody did since the last time, as far as they tell within so many seconds."""
+
+        def keep(actor: str, node: str, spans: Sequence[dict[str, Any]]) -> None:
+            common = {"actor": actor, "node": node[:8], "restart": self.start.restart}
+            rundir.append_json(self.config.run_dir / "spans.jsonl", *({**common, **s} for s in spans))
+
+        async def ask(name: str, actor: Any) -> None:
+            with suppress(Exception):  # who is dead is found out elsewhere
+                async with asyncio.timeout(seconds):
+                    spans = await actor.spans.remote()
+                await asyncio.to_thread(keep, name, self._places[name].node, spans)
+
+        workers = ((f"rollout worker {s.index}", s.actor) for s in self.pool.seats)
+        ranks = ((f"learner rank {i}", r) for i, r in enumerate(self.ranks))
+        await asyncio.gather(*(ask(name, actor) for name, actor in (*workers, *ranks)))
+        keep("driver", whereabouts().node, self._spans.fetch())
+
+    async def _raise_dead_rank(self, during: str = "rest") -> None:
         alive = await asyncio.gather(*(r.whereabouts.remote() for r in self.ranks), return_exceptions=True)
         for rank, answer in enumerate(alive):
             if isinstance(answer, RayActorError):
@@ -653,7 +684,7 @@ class Loop:
 
         async def background() -> None:
             result, _ = await self._evaluate(prompts, None, entered)
-            self.last_eval = f"held-out {result.accuracy.mean:.0%}, {result.tokens.mean:.0f} tokens"
+            self.last_eval = (result.accuracy.mean, result.tokens.mean)
 
         task = self._tasks.create_task(background())
         self._evaluating.add(task)
@@ -716,15 +747,6 @@ class Loop:
             return
         per_batch = (time.monotonic() - started) / (batches_done - restored)
         left = per_batch * (c.train.num_batches - batches_done)
-        parts = [
-            f"update {self.update} of {c.train.num_batches * c.updates_per_batch}",
-            f"accuracy {r['reward/accuracy']:.0%}",
-            f"{r['rollout/tokens']:.0f} tokens",
-            f"{r['rollout/steps']:.1f} steps",
-            f"{r['exit/confident']:.0%} confident",
-            f"{r['staleness/mean']:.1f} stale",
-            f"{r['rate/tokens']:,.0f} tok/s",
-            self.last_eval,
-            f"{clock(left)} left",
-        ]
-        phase.show(" · ".join(p for p in parts if p), batches_done, c.train.num_batches)
+        num_updates = c.train.num_batches * c.updates_per_batch
+        line = progress_line(r, num_updates=num_updates, held_out=self.last_eval, seconds_left=left)
+        phase.show(line, batches_done, c.train.num_batches)

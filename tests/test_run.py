@@ -244,6 +244,27 @@ def test_every_draw_is_used_once_and_none_is_lost(stale: Run) -> None:
     assert [d for batch in used for d in batch] == list(range(sum(map(len, used)))), "batches are in draw order"
 
 
+def test_what_each_actor_did_is_recorded(stale: Run) -> None:
+    spans = stale.lines("spans")
+
+    def of(name: str, key: str) -> list[tuple[str, Any]]:
+        return sorted((s["actor"], s[key]) for s in spans if s["name"] == name)
+
+    ranks = ("learner rank 0", "learner rank 1")
+    draws = sorted(d for b in stale.lines("draws") for d in b["trained"] + b["filtered"])
+    assert of("generate", "draw") == [("rollout worker 0", d) for d in draws]
+    assert of("grade", "draw") == sorted((ranks[d % 2], d) for d in draws)
+    assert of("wait", "batch") == of("batch", "batch") == [("driver", n) for n in range(50)]
+    for name, key in (("fetch", "batch"), ("update", "batch"), ("publish", "version")):
+        first = key == "version"
+        assert of(name, key) == [(r, n) for r in ranks for n in range(first, 50 + first)]
+    loaded = [version for _, version in of("load", "version")]
+    assert loaded == sorted(set(loaded)) and loaded[-1] == 50
+    assert {s["draw"] % 16 for s in spans if s["name"] == "probe"} == {0}
+    end = {s["draw"]: s["start"] + s["seconds"] for s in spans if s["name"] == "generate"}
+    assert all(s["start"] >= end[s["draw"]] - 0.05 for s in spans if s["name"] == "grade"), "one clock for all"
+
+
 def test_an_evaluation_belongs_to_one_version(stale: Run) -> None:
     evaluations = stale.lines("evaluations")
     assert [e["version"] for e in evaluations] == [0, 10, 20, 30, 40, 50]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
@@ -36,13 +36,14 @@ from stepgrpo.actors.truncation import (
 )
 from stepgrpo.config import EvalConfig, RolloutConfig
 from stepgrpo.reward.steps import make_step_rule
+from stepgrpo.spans import Spans
 from stepgrpo.tokens import Codec
 from stepgrpo.types import Exit, Group, Probe, Prompt, Trajectory, Verdict, VersionSpan
 
 FIRST, LATER = 0, 1
 """Priorities: an engine serves the lower number first. Probes and answers go before thinking."""
-
-
+RECORDED_DRAWS = 16
+"""Of every 16th draw the probes are recorded one by one; of all of them they would be too many to keep."""
 LOGPROB_ROUNDING = 1e-3
 """How far above 0 a log-probability may come by rounding."""
 
@@ -102,8 +103,12 @@ class Rollout:
         think_close: str,
         eos_ids: Sequence[int],
         run_seed: int,
+        spans: Spans | None = None,
     ) -> None:
         """
+        Args:
+            spans: gets the probes of every 16th draw.
+
         Raises:
             ValueError: a setting that does not fit the tokenizer or the token budget.
         """
@@ -114,6 +119,7 @@ class Rollout:
         self.eos_ids = frozenset(eos_ids)
         self.stop_ids = tuple(sorted(self.eos_ids))
         self.run_seed = run_seed
+        self.spans = spans or Spans()
         self.step_rule = make_step_rule(config)
         # What the budget forces is the same for every method that is compared, whatever a preset would append to it.
         self.close_ids = codec.encode(think_close)
@@ -357,13 +363,20 @@ class _Run:
                 self.tasks.append(self.task_group.create_task(self._ask(probing, probe, prompt)))
 
     async def _ask(self, probing: _Probing, probe: _Probe, prompt: list[int]) -> None:
-        async with self._stream(prompt, probing.sampling) as chunks:
-            async for chunk in chunks:
-                self.probe_tokens += len(chunk.token_ids)
-                if self._read(probing, probe, chunk):
-                    break
+        with self._recorded(probe):
+            async with self._stream(prompt, probing.sampling) as chunks:
+                async for chunk in chunks:
+                    self.probe_tokens += len(chunk.token_ids)
+                    if self._read(probing, probe, chunk):
+                        break
         probe.answered = True
         self._settle()
+
+    def _recorded(self, probe: _Probe) -> AbstractContextManager[object]:
+        _, draw, sample = self.key
+        if draw % RECORDED_DRAWS:
+            return nullcontext()
+        return self.rollout.spans.span("probe", draw=draw, sample=sample, step=probe.trigger.index)
 
     def _read(self, probing: _Probing, probe: _Probe, chunk: Chunk) -> bool:
         """Take a chunk of a tentative answer, no further than to its end; return whether that is reached."""

@@ -19,6 +19,7 @@ from stepgrpo.config import Config
 from stepgrpo.hub import checkpoint_files, eos_ids
 from stepgrpo.reward.graded import grade_group
 from stepgrpo.reward.outcome import make_grader
+from stepgrpo.spans import Spans
 from stepgrpo.tokens import Codec
 from stepgrpo.types import GradedGroup, Group, Prompt, WeightVersion
 from stepgrpo.watchdog import Whereabouts, whereabouts
@@ -33,6 +34,7 @@ class RolloutWorker:
 
     def __init__(self, config: Config, run_token: str, index: int) -> None:
         self._config, self._index = config, index
+        self._spans = Spans()
         self._shared = SharedWeights(Path("/dev/shm") / f"stepgrpo-{os.getuid()}-{run_token}")
 
     async def start(self) -> str:
@@ -41,6 +43,15 @@ class RolloutWorker:
         Raises:
             ConfigError: the checkpoint lacks a tokenizer, an EOS or the thinking marker.
         """
+        with self._spans.span("start"):
+            self._build()
+        # What is here now stays: a full collection would walk all of vllm and torch, for half a second in which every
+        # trajectory decodes on past its cut.
+        gc.collect()
+        gc.freeze()
+        return str(ray.get_runtime_context().get_node_id())
+
+    def _build(self) -> None:
         c = self._config
         directory = checkpoint_files(c.model.path)
         codec = Codec.from_dir(directory)
@@ -48,20 +59,21 @@ class RolloutWorker:
         self._engine = VllmEngine(
             c.model.path, c.model, c.engine, device=c.cluster.device, max_model_len=c.max_model_len, seed=c.seed
         )
-        self._rollout = Rollout(self._engine, codec, c.rollout, c.model.think_close, eos, run_seed=c.seed)
+        self._rollout = Rollout(
+            self._engine, codec, c.rollout, c.model.think_close, eos, run_seed=c.seed, spans=self._spans
+        )
         self._grader = make_grader(c.reward, c.model.think_close)
-        # What is here now stays: a full collection would walk all of vllm and torch, for half a second in which every
-        # trajectory decodes on past its cut.
-        gc.collect()
-        gc.freeze()
-        return str(ray.get_runtime_context().get_node_id())
 
     @ray.method(num_returns=2)
     async def roll(self, prompt: Prompt) -> tuple[int, Group]:
         """Sample one group. The driver takes its number of response tokens, and passes on the reference to the group,
         which stays in this node's object store."""
-        group = await self._rollout.group(prompt, self._config.rollout.group_size)
-        return sum(t.num_tokens for t in group.trajectories), group
+        with self._spans.span("generate", draw=prompt.draw) as span:
+            group = await self._rollout.group(prompt, self._config.rollout.group_size)
+            num_tokens = sum(t.num_tokens for t in group.trajectories)
+            versions = [s.version for t in group.trajectories for s in t.spans]
+            span |= {"tokens": num_tokens, "oldest": min(versions), "newest": max(versions)}
+        return num_tokens, group
 
     async def evaluate(self, prompts: list[Prompt], keep: bool) -> list[tuple[GradedGroup, dict[str, Any] | None]]:
         """Decode as `eval` says and grade. The caller sees to it that no weights are loaded meanwhile.
@@ -76,7 +88,8 @@ class RolloutWorker:
             graded = await grade_group(group, self._grader, rollout.step_rule, close, train_exit_tokens=False)
             return graded, describe(group, graded, rollout.codec, rollout.step_rule, close) if keep else None
 
-        return list(await asyncio.gather(*(one(p) for p in prompts)))
+        with self._spans.span("evaluate", problems=len(prompts)):
+            return list(await asyncio.gather(*(one(p) for p in prompts)))
 
     async def describe(self, group: Sequence[Awaitable[Group]], graded: GradedGroup) -> dict[str, Any]:
         """A graded group for people. ``group``: a list of one reference, which Ray passes on without fetching."""
@@ -89,6 +102,12 @@ class RolloutWorker:
         Returns:
             Seconds during which nothing was decoded.
         """
+        with self._spans.span("load", version=weights.version) as span:
+            paused = await self._load(weights)
+            span["paused"] = round(paused, 6)
+        return paused
+
+    async def _load(self, weights: WeightVersion) -> float:
         while True:
             # Nodes begin with different ranks, so that they do not all pull from the same one first.
             await asyncio.to_thread(
@@ -99,6 +118,10 @@ class RolloutWorker:
                     return await self._engine.load(weights.version, path, table)
             except WeightsError:
                 continue  # other workers of the node have stored two newer versions since
+
+    async def spans(self) -> list[dict[str, Any]]:
+        """What was done since the last call."""
+        return self._spans.fetch()
 
     async def whereabouts(self) -> Whereabouts:
         return whereabouts()

@@ -27,6 +27,7 @@ from stepgrpo.learner.batch import MicroBatch, Plan, Row, collate, pair_sample, 
 from stepgrpo.reward.graded import grade_group
 from stepgrpo.reward.outcome import make_grader
 from stepgrpo.reward.steps import make_step_rule
+from stepgrpo.spans import Spans
 from stepgrpo.types import GradedGroup, Group, IntArray
 from stepgrpo.watchdog import Whereabouts, whereabouts
 from stepgrpo.weights import Manifest, pack
@@ -70,6 +71,7 @@ class LearnerWorker:
         self._packed = model.packed
         self._grader = None if reward is None else make_grader(reward, model.think_close)
         self._with_reference = reward is not None and config.kl_coef > 0
+        self._spans = Spans()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
         self._fetched: dict[int, Group] = {}
         self._turn = asyncio.Lock()  # first come, first served: calls reach the thread in the order they were made
@@ -80,6 +82,10 @@ class LearnerWorker:
         with socket.socket() as s:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    async def spans(self) -> list[dict[str, Any]]:
+        """What was done since the last call."""
+        return self._spans.fetch()
 
     async def whereabouts(self) -> Whereabouts:
         """Answered also while the engine works."""
@@ -101,7 +107,8 @@ class LearnerWorker:
                 with_reference=self._with_reference,
             )
 
-        self._engine = await self._run(build)
+        with self._spans.span("start"):
+            self._engine = await self._run(build)
 
     @ray.method(concurrency_group="ingest")
     async def ingest(self, group: Sequence[Awaitable[Group]]) -> GradedGroup:
@@ -111,13 +118,15 @@ class LearnerWorker:
             group: a list of one reference.
         """
         assert self._grader is not None and self._step_rule is not None, "supervised training does not grade"
-        return await grade_group(
-            await group[0],
-            self._grader,
-            self._step_rule,
-            self._model.think_close,
-            train_exit_tokens=self._config.train_exit_tokens,
-        )
+        fetched = await group[0]
+        with self._spans.span("grade", draw=fetched.prompt.draw):
+            return await grade_group(
+                fetched,
+                self._grader,
+                self._step_rule,
+                self._model.think_close,
+                train_exit_tokens=self._config.train_exit_tokens,
+            )
 
     async def fetch(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> list[int]:
         """Have the groups here that this rank trains on, before any rank waits for another in a collective.
@@ -129,7 +138,8 @@ class LearnerWorker:
             Draws whose group was lost with its node.
         """
         draws = sorted(plan.draws(self._rank))
-        found = await asyncio.gather(*(groups[d] for d in draws), return_exceptions=True)
+        with self._spans.span("fetch", batch=plan.version):
+            found = await asyncio.gather(*(groups[d] for d in draws), return_exceptions=True)
         self._fetched = {d: g for d, g in zip(draws, found, strict=True) if isinstance(g, Group)}
         failed = {d: e for d, e in zip(draws, found, strict=True) if isinstance(e, BaseException)}
         for e in failed.values():
@@ -156,7 +166,8 @@ class LearnerWorker:
         async with self._turn:
             here, self._fetched = self._fetched, {}
             fetched = {d: here[d] if d in here else await groups[d] for d in draws}
-            return await self._in_thread(self._update, plan, fetched)
+            with self._spans.span("update", batch=plan.version, version=plan.version + 1):
+                return await self._in_thread(self._update, plan, fetched)
 
     def _update(self, plan: Plan, groups: Mapping[int, Group]) -> list[dict[str, float]]:
         from stepgrpo.learner.loss import policy_loss
@@ -164,9 +175,11 @@ class LearnerWorker:
         c, engine = self._config, self._engine
         work = [[self._collate(rows, plan, groups) for rows in u.micro_batches[self._rank]] for u in plan.updates]
         if self._with_reference:
-            work = [[dataclasses.replace(b, reference=engine.reference_logprobs(b)) for b in bs] for bs in work]
+            with self._spans.span("reference"):
+                work = [[dataclasses.replace(b, reference=engine.reference_logprobs(b)) for b in bs] for bs in work]
         if len(work) > 1:
-            work = [[dataclasses.replace(b, old=engine.logprobs(b)[0]) for b in bs] for bs in work]
+            with self._spans.span("old"):
+                work = [[dataclasses.replace(b, old=engine.logprobs(b)[0]) for b in bs] for bs in work]
         metrics = []
         for update, batches in zip(plan.updates, work, strict=True):
             objective = partial(
@@ -178,7 +191,8 @@ class LearnerWorker:
                 kl_coef=c.kl_coef,
                 scale=1 / update.num_loss_tokens,
             )
-            metrics.append(engine.update(batches, objective, lr=self._next_lr(), own_version=plan.version))
+            with self._spans.span("optimize", tokens=update.num_loss_tokens):
+                metrics.append(engine.update(batches, objective, lr=self._next_lr(), own_version=plan.version))
             assert metrics[-1]["policy/loss_tokens"] == update.num_loss_tokens, "driver and ranks count differently"
         return metrics
 
@@ -217,15 +231,20 @@ class LearnerWorker:
 
     async def publish(self, version: int) -> tuple[Manifest, list[Any]]:
         """Put this rank's pieces of the weights into the object store; copied by the time it returns."""
-        return await self._run(
-            lambda: pack(
-                self._engine.shards(),
-                version=version,
-                rank=self._rank,
-                bucket_bytes=self._config.bucket_mb << 20,
-                put=ray.put,
-            )
-        )
+
+        def publish() -> tuple[Manifest, list[Any]]:
+            with self._spans.span("publish", version=version) as span:
+                manifest, buckets = pack(
+                    self._engine.shards(),
+                    version=version,
+                    rank=self._rank,
+                    bucket_bytes=self._config.bucket_mb << 20,
+                    put=ray.put,
+                )
+                span["bytes"] = sum(manifest.sizes)
+            return manifest, buckets
+
+        return await self._run(publish)
 
     async def save(self, directory: str) -> None:
         """Write the policy as a Hugging Face directory; a collective, rank 0 writes."""
@@ -243,15 +262,17 @@ class LearnerWorker:
         Raises:
             OSError: as ``checkpoint.put`` does, on a full disk for example.
         """
-        tensors, metadata = await self._run(self._engine.snapshot)
-        own = state.file_name(self._rank, self._world_size)
-        entries = [await asyncio.to_thread(put, place, name, own, state.serialized(tensors, metadata))]
-        if self._rank == 0:
-            fetched = await asyncio.gather(*(groups[d] for d in sorted(groups)))
-            entries.append(
-                await asyncio.to_thread(lambda: put(place, name, groups_file.FILE, groups_file.dump(fetched)))
-            )
-        return entries
+        with self._spans.span("checkpoint", checkpoint=name):
+            with self._spans.span("snapshot"):
+                tensors, metadata = await self._run(self._engine.snapshot)
+            own = state.file_name(self._rank, self._world_size)
+            entries = [await asyncio.to_thread(put, place, name, own, state.serialized(tensors, metadata))]
+            if self._rank == 0:
+                fetched = await asyncio.gather(*(groups[d] for d in sorted(groups)))
+                entries.append(
+                    await asyncio.to_thread(lambda: put(place, name, groups_file.FILE, groups_file.dump(fetched)))
+                )
+            return entries
 
     async def restore(self, place: str, name: str, files: Sequence[str], num_updates: int) -> None:
         """Take weights, optimizer and random numbers from a checkpoint of however many ranks.
@@ -270,7 +291,8 @@ class LearnerWorker:
             self._engine.restore([fetch(place, name, f) for f in needed])
             self._num_updates = num_updates
 
-        await self._run(load)
+        with self._spans.span("restore", checkpoint=name):
+            await self._run(load)
 
     async def restore_groups(self, place: str, name: str) -> dict[int, list[Any]]:
         """Put a checkpoint's groups into the object store: draw -> list of one reference. Asked of rank 0."""
