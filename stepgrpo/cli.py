@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -37,6 +38,14 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, s
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as train.num_batches=10.")
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[auto|NAME]",
+        help="Go on with a run that was cut off: from its last good checkpoint, that of a name, or with `auto` "
+        "from the beginning where there is none yet.",
+    ),
+]
 
 
 @app.command()
@@ -47,14 +56,8 @@ def train(
         bool, typer.Option("--dry-run", help="Explain placement, memory and batches; start nothing.")
     ] = False,
     gpu_memory: Annotated[float, typer.Option(help="GB of one GPU, for --dry-run.")] = 80.0,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[auto|NAME]",
-            help="Go on with a run that was cut off: from its last good checkpoint, that of a name, or with `auto` "
-            "from the beginning where there is none yet.",
-        ),
-    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="The same.")] = 8,
+    resume: Resume = None,
 ) -> None:
     """Train a model with Step-GRPO. A crash restarts it from its last checkpoint (train.max_restarts)."""
     from stepgrpo import launch
@@ -65,7 +68,7 @@ def train(
         if dry_run:
             from stepgrpo.dryrun import explain, render
 
-            plan = explain(settings, gpu_memory)
+            plan = explain(settings, gpu_memory, gpus_per_node)
             display.console.print(render(plan))
             if plan.faults:
                 raise SystemExit(1)
@@ -105,6 +108,65 @@ def _supervise(settings: Config, display: Display) -> NoReturn:
             keep=settings.run_dir,
         )
     )
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ray's dashboard; none: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, or http://127.0.0.1:8265.",
+        ),
+    ] = None,
+    resume: Resume = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=VALUE]",
+            help="Environment variable of the job; without a value the one it has here, which is not shown.",
+        ),
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Ray runtime environment (pip, uv, conda, ...), YAML.")
+    ] = None,
+    submission_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="Name of the job; none: Ray's choice.")
+    ] = None,
+    upload_limit: Annotated[int, typer.Option(min=1, max=500, metavar="MB", help="Most to send.")] = 100,
+    no_follow: Annotated[bool, typer.Option("--no-follow", help="Do not wait for the job.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the `ray job submit` command; send nothing.")
+    ] = False,
+) -> None:
+    """Train on a Ray cluster: `train` as a job there, in a copy of the current directory."""
+
+    def job(display: Display) -> None:
+        import stepgrpo.submit as submission
+
+        where = submission.given_address(address)
+        prepared = submission.prepare(
+            config,
+            overrides or [],
+            resume=resume,
+            env=env or [],
+            runtime_env=runtime_env,
+            submission_id=submission_id,
+            limit=upload_limit * 10**6,
+        )
+        client = None if dry_run else submission.connect(where)
+        display.console.print(prepared.command(where), markup=False, soft_wrap=True)
+        display.print(f"{len(prepared.sent):,} files of this directory, {_bytes(sum(prepared.sent.values()))}")
+        if client is None:
+            return
+        name = submission.submit(client, prepared)
+        display.print(submission.ways(client, name))
+        if not no_follow:
+            raise SystemExit(submission.attend(client, name, display))
+
+    _guard(job)
 
 
 @app.command()
@@ -249,6 +311,60 @@ def report(
 
 
 @app.command()
+def dashboard(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN_DIR|URL]...", help="Runs, or directories that hold some, such as runs."),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Show a recorded run instead.")] = False,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; one that others reach asks for a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8270,
+) -> None:
+    """Serve a web page about runs, live and afterwards: curves, timeline, trajectories, errors, comparison."""
+
+    def job(display: Display) -> None:
+        from stepgrpo.dashboard import serve
+
+        serve(sources or [], display, host=host, port=port, demo=demo)
+
+    _guard(job)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Of the run that shall be possible; none: any run.")
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster whose nodes are looked at; none: as a run finds it.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Load no library and no model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look for what would break a run, here and on every node, and try a tiny one. Status 1 on a fault."""
+    from stepgrpo.config import Config, load
+
+    def job(display: Display) -> None:
+        settings = load(Config, config, overrides) if config else None
+        from stepgrpo.doctor import examine, render
+
+        findings = []
+        for finding in examine(settings, address=address, quick=quick):
+            findings.append(finding)
+            if not as_json:
+                display.console.print(render(finding))
+        if as_json:
+            print(json.dumps({"findings": [finding.record() for finding in findings]}, indent=2))
+        if any(finding.level == "fault" for finding in findings):
+            raise SystemExit(1)
+
+    _guard(job)
+
+
+@app.command()
 def triggers(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub name.")],
     overrides: Overrides = None,
@@ -285,6 +401,69 @@ def triggers(
             display.console.print(line, markup=False, soft_wrap=True)
         if output:
             rundir.save_json(output, {"model": model, **found.as_dict()})
+
+    _guard(job)
+
+
+@app.command()
+def watch(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN|JOB", help="Directory of a run, or the id of a Ray job (raysubmit_...).")
+    ],
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of Ray's dashboard; RUN is a job there. As `submit` takes it.")
+    ] = None,
+) -> None:
+    """Show a run from another terminal until it ends. Ctrl-C leaves it alone."""
+
+    def job(display: Display) -> None:
+        if address or (run.startswith("raysubmit_") and not Path(run).exists()):
+            _watch_job(run, address, display)
+        from stepgrpo.watch import NotFinishedError, watch
+
+        try:
+            summary = watch(Path(run), display)
+        except NotFinishedError as e:
+            _stop(display, str(e), 1)
+        except KeyboardInterrupt:
+            display.print(f"\nThe run is left alone. To see it again: stepgrpo watch {run}")
+            raise SystemExit(130) from None
+        _print_summary(display, summary, Path(run))
+
+    _guard(job)
+
+
+def _watch_job(name: str, address: str | None, display: Display) -> NoReturn:
+    """Print what a job prints; ends with its status."""
+    import stepgrpo.submit as submission
+    from stepgrpo.config import ConfigError, brief
+
+    client = submission.connect(submission.given_address(address))
+    try:
+        client.get_job_info(name)
+    except RuntimeError as e:
+        raise ConfigError(f"{name}: {client.get_address()} has no such job ({brief(e)}); see `ray job list`") from None
+    raise SystemExit(submission.attend(client, name, display))
+
+
+@app.command()
+def trace(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The trace; compressed where it ends in .gz.")] = Path(
+        "trace.json"
+    ),
+    batches: Annotated[str | None, typer.Option(metavar="A-B", help="These batches, or a single one.")] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="The last batches; none: 10.")] = None,
+) -> None:
+    """Write what every actor did, and when, for https://ui.perfetto.dev; print where the time went."""
+
+    def job(display: Display) -> None:
+        import stepgrpo.trace as tracing
+
+        window, table = tracing.write(run, output, batches, last)
+        display.print(f"batches {window.first} to {window.last}, {window.seconds:.1f} s")
+        display.console.print(table)
+        display.print(f"The trace, for https://ui.perfetto.dev: {output}")
 
     _guard(job)
 

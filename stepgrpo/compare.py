@@ -351,6 +351,7 @@ _WHERE_IT_RUNS = {
     "rollout.health_seconds",
     "train.wandb",
     "train.wandb_project",
+    "train.wandb_group",
     "train.sample_every",
     "train.max_restarts",
     "train.wait_warning",

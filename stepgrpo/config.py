@@ -319,6 +319,8 @@ class TrainConfig(Section):
     """Weights & Biases."""
     wandb_project: str = "stepgrpo"
     """Its project."""
+    wandb_group: str | None = None
+    """What it shows together, such as the seeds of one setting; null: nothing."""
 
 
 class CheckpointConfig(Section):
@@ -378,6 +380,8 @@ class ClusterConfig(Section):
     """Object store of a local Ray; null: Ray's choice."""
     dashboard_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
     """Port of a local Ray's dashboard; null: no dashboard."""
+    colocate: bool = False
+    """Engine and learner rank take turns on each GPU, for those who have one; one rank per rollout worker."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs of one rollout worker."""
     cpus_per_rank: PositiveFloat = 1.0
@@ -506,6 +510,22 @@ class Config(RunConfig):
                 )
         if self.eval.early_exit and self.rollout.probe is None:
             raise ValueError("eval.early_exit: got true, takes false where rollout.probe is null: it says how to probe")
+        if cl.colocate:
+            w = self.rollout.workers
+            if t.max_staleness:
+                raise ValueError(
+                    f"train.max_staleness: got {t.max_staleness}, takes 0 where cluster.colocate is true: while the "
+                    "learner has the GPU, nothing is sampled"
+                )
+            if not w.min == w.max == lrn.num_ranks:
+                raise ValueError(
+                    f"rollout.workers: got {w}, takes learner.num_ranks ({lrn.num_ranks}) where cluster.colocate is "
+                    "true: each shares its GPU with one rank"
+                )
+            if eng.tensor_parallel != 1:
+                raise ValueError(
+                    f"engine.tensor_parallel: got {eng.tensor_parallel}, takes 1 where cluster.colocate is true"
+                )
         if cl.device == "cpu":
             if eng.kv_cache_mb is None:
                 raise ValueError("engine.kv_cache_mb: got null, takes a number of MB where cluster.device is cpu")

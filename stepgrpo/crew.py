@@ -15,7 +15,8 @@ from ray.exceptions import RayActorError
 from stepgrpo import launch
 from stepgrpo.config import Config, RunConfig, SftConfig
 from stepgrpo.console import Display
-from stepgrpo.launch import Bundle, together
+from stepgrpo.launch import together
+from stepgrpo.placement import learner_bundles, rollout_bundles, shared_bundles
 from stepgrpo.pool import Pool, root_cause
 from stepgrpo.watchdog import Stuck, waiting
 
@@ -27,50 +28,41 @@ SAVE_WARNING_SECONDS, SAVE_LIMIT_SECONDS = 300.0, 3600.0
 CLOSE_SECONDS = 2.0
 
 
-def rollout_bundles(config: Config) -> list[Bundle]:
-    """Of the fewest workers that will do."""
-    gpus = config.engine.tensor_parallel if config.cluster.device == "cuda" else 0
-    return [Bundle("rollout.workers", config.cluster.cpus_per_worker, gpus)] * config.rollout.workers.min
-
-
-def learner_bundles(config: RunConfig) -> list[Bundle]:
-    gpus = 1 if config.cluster.device == "cuda" else 0
-    return [Bundle("learner.num_ranks", config.cluster.cpus_per_rank, gpus)] * config.learner.num_ranks
-
-
 @asynccontextmanager
 async def rollout_crew(config: Config, display: Display, *, learner: bool) -> AsyncIterator[tuple[Pool, list[Any]]]:
-    """Rollout workers and, where ``learner`` asks for them, its ranks."""
+    """Rollout workers and, where ``learner`` asks for them, its ranks, which sleep where they share GPUs."""
     seconds = config.cluster.start_timeout
-    pool = Pool(
-        partial(_start_worker, config, launch.run_token()),
-        rollout_bundles(config)[0],
-        config.rollout.workers,
-        capacity=config.engine.max_num_seqs // config.rollout.group_size,
-        health_seconds=config.rollout.health_seconds,
-        start_timeout=seconds,
-        max_failures=config.train.max_failures,
-        display=display,
-        run_dir=config.run_dir if learner else None,
-    )
-    ranks: list[Any] = []
-    try:
+    async with contextlib.AsyncExitStack() as stack:
         with display.phase("start", "starting vLLM and DeepSpeed" if learner else "starting vLLM"):
-            if learner:
-                ranks = _start_ranks(
-                    config,
-                    await _places(learner_bundles(config), seconds),
-                    config.train.num_batches * config.updates_per_batch,
-                    rollout=config.rollout,
-                    reward=config.reward,
-                )
+            # Ranks first: they are to lie together, workers take what is left.
+            colocated = learner and config.cluster.colocate
+            bundles = [] if not learner else shared_bundles(config) if colocated else learner_bundles(config)
+            group = await launch.reserve(bundles, seconds) if bundles else None
+            worker = rollout_bundles(config)[0]
+            pool = Pool(
+                partial(_start_worker, config, launch.run_token()),
+                launch.beside(group, worker) if colocated else launch.on_their_own(worker),
+                config.rollout.workers,
+                capacity=config.engine.max_num_seqs // config.rollout.group_size,
+                health_seconds=config.rollout.health_seconds,
+                start_timeout=seconds,
+                max_failures=config.train.max_failures,
+                display=display,
+                colocated=colocated,
+                run_dir=config.run_dir if learner else None,
+            )
+            ranks: list[Any] = []
+            stack.push_async_callback(lambda: together([pool.close(), _close(ranks)]))
             setups = [pool.start()]
             if learner:
+                updates = config.train.num_batches * config.updates_per_batch
+                ranks += _start_ranks(config, group, updates, rollout=config.rollout, reward=config.reward)
                 setups.append(launch.within(_set_up(ranks), seconds, "the learner's ranks"))
+            if colocated:  # an engine looks how much memory is free when it starts
+                await setups.pop()
+                await together(r.sleep.remote() for r in ranks)
             await together(setups)
         yield pool, ranks
-    finally:
-        await together([pool.close(), _close(ranks)])
 
 
 @asynccontextmanager
@@ -80,22 +72,20 @@ async def learner_crew(config: SftConfig, display: Display, total_updates: int) 
     try:
         with display.phase("start", "starting DeepSpeed"):
             seconds = config.cluster.start_timeout
-            ranks = _start_ranks(config, await _places(learner_bundles(config), seconds), total_updates)
+            ranks = _start_ranks(config, await launch.reserve(learner_bundles(config), seconds), total_updates)
             await launch.within(_set_up(ranks), seconds, "the learner's ranks")
         yield ranks
     finally:
         await _close(ranks)
 
 
-async def _places(bundles: Sequence[Bundle], seconds: float) -> list[dict[str, Any]]:
-    """Actor options for places in one placement group."""
-    group = await launch.reserve(bundles, seconds)
-    return [launch.place(group, i, b) for i, b in enumerate(bundles)]
-
-
 @asynccontextmanager
 async def saved(
-    ranks: Sequence[Any], directory: Path, display: Display, has_learnt: Callable[[], bool]
+    ranks: Sequence[Any],
+    directory: Path,
+    display: Display,
+    has_learnt: Callable[[], bool],
+    turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext,
 ) -> AsyncIterator[None]:
     """Save the model at the end of the block, also at an early end, as far as the learner still answers.
 
@@ -103,6 +93,7 @@ async def saved(
 
     Args:
         directory: absolute, because actors have another working directory.
+        turn: held while the ranks save.
     """
     try:
         yield
@@ -114,12 +105,12 @@ async def saved(
                 async with asyncio.timeout(
                     SAVE_SECONDS_WHEN_INTERRUPTED if interrupted else SAVE_SECONDS_AFTER_A_FAILURE
                 ):
-                    await _save(ranks, directory)
+                    async with turn():
+                        await _save(ranks, directory)
         raise
     with display.phase("save", "saving the model"):
-        async with waiting(
-            f"{directory} to be saved", say=display.warn, warn=SAVE_WARNING_SECONDS, limit=SAVE_LIMIT_SECONDS
-        ):
+        what = f"{directory} to be saved"
+        async with waiting(what, say=display.warn, warn=SAVE_WARNING_SECONDS, limit=SAVE_LIMIT_SECONDS), turn():
             await _save(ranks, directory)
 
 
@@ -150,22 +141,27 @@ def _start_worker(config: Config, run_token: str, index: int, options: dict[str,
     return actor.remote(config, run_token, index)
 
 
-def _start_ranks(config: RunConfig, places: Sequence[dict[str, Any]], total_updates: int, **rollouts: Any) -> list[Any]:
-    """``rollouts``: what only RL needs, ``rollout`` and ``reward``."""
+def _start_ranks(config: RunConfig, group: Any, total_updates: int, **rollouts: Any) -> list[Any]:
+    """
+    Args:
+        group: placement group with a bundle for each.
+        rollouts: what only RL needs, ``rollout`` and ``reward``.
+    """
     import ray
 
     from stepgrpo.learner.worker import LearnerWorker
 
     actor = ray.remote(concurrency_groups={"ingest": 64})(LearnerWorker)
+    bundles = learner_bundles(config)
     return [
-        actor.options(**place).remote(
+        actor.options(**launch.place(group, rank, bundle)).remote(
             rank,
-            len(places),
+            len(bundles),
             config.learner,
             config.model,
             device=config.cluster.device,
             total_updates=total_updates,
             **rollouts,
         )
-        for rank, place in enumerate(places)
+        for rank, bundle in enumerate(bundles)
     ]

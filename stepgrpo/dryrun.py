@@ -20,6 +20,7 @@ from rich.text import Text
 
 from stepgrpo.config import Config, ConfigError
 from stepgrpo.hub import checkpoint_files
+from stepgrpo.placement import all_bundles, learner_bundles, plan, rollout_bundles, shown
 
 GB = 1e9
 
@@ -190,6 +191,9 @@ class Plan:
     gpus: int
     """What the cluster must have; 0 on CPU."""
     cpus: float
+    gpus_per_node: int
+    nodes: tuple[str, ...]
+    """On GPUs, what lies on each node; empty where an actor needs more GPUs than a node has."""
     learner: Memory
     """One learner rank."""
     rollout: Memory
@@ -203,7 +207,7 @@ class Plan:
     rollout_host: float
     """Bytes of host memory on each node with rollout workers, for weights."""
     learner_host: float
-    """Bytes of host memory of one learner rank, where the optimizer is offloaded."""
+    """Bytes of host memory of one learner rank, where its optimizer is offloaded or it sleeps."""
     trajectories: int
     """Of a rollout batch."""
     response_tokens: int
@@ -218,8 +222,8 @@ class Plan:
     """What does not fit, and what to change; empty where all fits."""
 
 
-def explain(config: Config, gpu_memory: float = 80.0) -> Plan:
-    """Work out a config for GPUs of ``gpu_memory`` GB (not read where it runs on CPU).
+def explain(config: Config, gpu_memory: float = 80.0, gpus_per_node: int = 8) -> Plan:
+    """Work out a config for GPUs of ``gpu_memory`` GB, so many to a node (neither is read where it runs on CPU).
 
     Raises:
         ConfigError: the model's shape cannot be found.
@@ -237,18 +241,21 @@ def explain(config: Config, gpu_memory: float = 80.0) -> Plan:
     trajectories = tr.prompts_per_batch * ro.group_size
     # Two versions may lie in the store: the newest, and the one before it until the last worker has fetched it.
     waiting = (1 + tr.max_staleness) * trajectories * longest * TRAJECTORY_BYTES
+    bundles = all_bundles(config)
     draft = Plan(
         config=config,
         shape=shape,
         gpu_memory=gpu_memory * GB if on_gpu else None,
-        gpus=(ro.workers.min * config.engine.tensor_parallel + lrn.num_ranks) if on_gpu else 0,
-        cpus=ro.workers.min * cl.cpus_per_worker + lrn.num_ranks * cl.cpus_per_rank,
+        gpus=int(sum(b.gpus for b in bundles)),
+        cpus=sum(b.cpus for b in bundles),
+        gpus_per_node=gpus_per_node,
+        nodes=_nodes(config, gpus_per_node) if on_gpu else (),
         learner=learner,
         rollout=rollout,
         kv_tokens=kv_tokens,
         full_sequences=kv_tokens // config.max_model_len,
         object_store=2 * weights + waiting,
-        rollout_host=3 * weights,
+        rollout_host=(4 if cl.colocate else 3) * weights,
         learner_host=learner_host,
         trajectories=trajectories,
         response_tokens=trajectories * ro.max_response_tokens,
@@ -260,6 +267,16 @@ def explain(config: Config, gpu_memory: float = 80.0) -> Plan:
         faults=(),
     )
     return replace(draft, faults=tuple(_faults(draft)))
+
+
+def _nodes(config: Config, gpus: int) -> tuple[str, ...]:
+    """What lies on each of the fewest nodes that hold all, CPUs being no obstacle."""
+    bundles = all_bundles(config)
+    for num in range(1, len(bundles) + 1):
+        node = {"GPU": float(gpus), "CPU": sum(b.cpus for b in bundles)}
+        if (lies := plan(config, [node] * num)) is not None:
+            return tuple(shown(names) for names in lies)
+    return ()
 
 
 def _learner_memory(config: Config, shape: ModelShape, width: int) -> tuple[Memory, float]:
@@ -291,7 +308,10 @@ def _learner_memory(config: Config, shape: ModelShape, width: int) -> tuple[Memo
         Part("head's gradient", (4 + width) * shape.vocab * shape.hidden, "whole, summed in float32"),
     )
     update = (Part("update", 0 if offload else 4 * min(own, SUB_GROUP), "float32 gradients of one sub-group"),)
-    return Memory(tuple(always), (forward_backward, update)), 16 * own if offload else 0.0
+    host = 16 * own if offload else 0.0
+    if on_gpu and config.cluster.colocate:
+        host = sum(part.bytes for part in always[:4]) + 16 * own * offload
+    return Memory(tuple(always), (forward_backward, update)), host
 
 
 def _rollout_memory(config: Config, shape: ModelShape, width: int, gpu: float) -> tuple[Memory, float]:
@@ -330,6 +350,13 @@ def _faults(p: Plan) -> Iterator[str]:
     config, shape, gpu = p.config, p.shape, p.gpu_memory
     eng, lrn, store = config.engine, config.learner, config.cluster.object_store_mb
     if gpu is not None:
+        if not p.nodes:
+            yield (
+                f"a rollout worker takes {eng.tensor_parallel} GPUs of one node, which has {p.gpus_per_node}: lower "
+                "engine.tensor_parallel, or name larger nodes (--gpus-per-node)"
+            )
+        if config.cluster.colocate:
+            gpu -= CUDA_CONTEXT  # what the one that sleeps keeps
         if p.learner.total > gpu:
             ways = ["raise learner.num_ranks"]
             ways += [] if lrn.gradient_checkpointing else ["set learner.gradient_checkpointing=true"]
@@ -399,16 +426,18 @@ def _table(*columns: str) -> Table:
 
 
 def _placement(p: Plan) -> Group:
-    config, on_gpu = p.config, p.gpu_memory is not None
-    cl, workers, ranks = config.cluster, config.rollout.workers, config.learner.num_ranks
+    config = p.config
     table = _table("", "actors", "GPUs each", "CPUs each", "GPUs", "CPUs")
-    for name, num, least, gpus, cpus in (
-        ("rollout workers", workers, workers.min, config.engine.tensor_parallel * on_gpu, cl.cpus_per_worker),
-        ("learner ranks", ranks, ranks, 1 * on_gpu, cl.cpus_per_rank),
+    for name, number, bundles in (
+        ("rollout workers", config.rollout.workers, rollout_bundles(config)),
+        ("learner ranks", config.learner.num_ranks, learner_bundles(config)),
     ):
-        table.add_row(name, str(num), str(gpus), f"{cpus:g}", str(least * gpus), f"{least * cpus:g}")
+        each, all_gpus, all_cpus = bundles[0], sum(b.gpus for b in bundles), sum(b.cpus for b in bundles)
+        table.add_row(name, str(number), f"{each.gpus:g}", f"{each.cpus:g}", f"{all_gpus:g}", f"{all_cpus:g}")
     table.add_row("the cluster must have", "", "", "", str(p.gpus), f"{p.cpus:g}", style="bold")
-    return _titled("placement", table)
+    nodes = [(f"node {i}", names) for i, names in enumerate(p.nodes, 1)]
+    by_node = [_facts(f"on nodes of {p.gpus_per_node} GPUs", nodes)] if nodes else []
+    return Group(_titled("placement", table), *by_node)
 
 
 def _memory(title: str, memory: Memory, limit: float | None) -> Group:
@@ -434,12 +463,14 @@ def _facts(title: str, rows: list[tuple[str, str]]) -> Group:
 
 
 def _host_facts(p: Plan) -> list[tuple[str, str]]:
+    asleep = ", 1 of each engine that sleeps" if p.config.cluster.colocate else ""
     rows = [
-        ("each rollout node", f"{size(p.rollout_host)} for weights: 1 copy in the store, 2 in /dev/shm"),
+        ("each rollout node", f"{size(p.rollout_host)} for weights: 1 copy in the store, 2 in /dev/shm{asleep}"),
         ("object store", f"{size(p.object_store)} in all: 2 versions of the weights, waiting groups"),
     ]
     if p.learner_host:
-        rows.append(("each learner rank", f"{size(p.learner_host)} for the offloaded optimizer"))
+        what = "while it sleeps" if p.config.cluster.colocate else "for the offloaded optimizer"
+        rows.append(("each learner rank", f"{size(p.learner_host)} {what}"))
     return rows
 
 

@@ -13,13 +13,13 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from stepgrpo.config import ClusterConfig, ConfigError, brief
+from stepgrpo.placement import Bundle
 
 # A unix socket's path has at most 107 bytes, and Ray appends about 65 of its own to its directory.
 MAX_TEMP_DIR = 42
@@ -32,20 +32,6 @@ BEAT = "beat"
 BEAT_SECONDS = 5.0
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """What one actor takes of a node."""
-
-    role: str
-    """Config field that decides how many there are, for messages."""
-    cpus: float
-    gpus: int
-
-    @property
-    def resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus, **({"GPU": float(self.gpus)} if self.gpus else {})}
 
 
 @contextmanager
@@ -219,7 +205,7 @@ async def reserve(bundles: Sequence[Bundle], seconds: float | None) -> Any:
 
 
 def place(group: Any, index: int, bundle: Bundle) -> dict[str, Any]:
-    """Actor options that put it into its bundle."""
+    """Actor options that put it into a placement group. ``bundle``: what it takes, all of that place or a part."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     return {
@@ -227,6 +213,29 @@ def place(group: Any, index: int, bundle: Bundle) -> dict[str, Any]:
         "num_gpus": bundle.gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
     }
+
+
+Reserve = Callable[[int, float | None], Awaitable[tuple[Any, dict[str, Any]]]]
+"""(number of an actor, seconds to wait; None: as long as need be) -> placement group of its own, and actor options."""
+
+
+def on_their_own(bundle: Bundle) -> Reserve:
+    """Each actor has a placement group of its own, so that it can come or go without the others."""
+
+    async def its_own(_: int, seconds: float | None) -> tuple[Any, dict[str, Any]]:
+        group = await reserve([bundle], seconds)
+        return group, place(group, 0, bundle)
+
+    return its_own
+
+
+def beside(group: Any, bundle: Bundle) -> Reserve:
+    """Actor n takes a part of bundle n of a placement group that is there."""
+
+    async def shared(index: int, _: float | None) -> tuple[Any, dict[str, Any]]:
+        return None, place(group, index, bundle)
+
+    return shared
 
 
 async def heartbeat() -> None:

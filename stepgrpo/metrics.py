@@ -11,11 +11,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stepgrpo.tracking import Tracker
 from stepgrpo.types import Exit, GradedGroup, TrajectoryFacts, Verdict
 
 METRICS: dict[str, str] = {
@@ -214,55 +215,37 @@ def _ratio(a: float, b: float) -> float:
 
 
 class RunLog:
-    """Appends one JSON line per update to ``metrics.jsonl`` and mirrors it to Weights & Biases if asked, where a run
-    that goes on keeps its id.
+    """Appends one JSON line per update to ``metrics.jsonl``, and mirrors it to Weights & Biases if there is a tracker.
 
     A quantity that does not exist in an update (the accuracy of control samples where there are none) is null.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        wandb_mode: Literal["off", "offline", "online"] = "off",
-        project: str = "stepgrpo",
-        config: Any = None,
-    ) -> None:
+    def __init__(self, directory: Path, tracker: Tracker | None = None) -> None:
         self._file = (directory / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._wandb: Any = None
-        if wandb_mode != "off":
-            import wandb
-
-            known = directory / "wandb-id.txt"
-            self._wandb = wandb.init(
-                project=project,
-                name=directory.name,
-                id=known.read_text() if known.is_file() else None,
-                resume="allow",
-                dir=str(directory),
-                mode=wandb_mode,
-                config=config,
-                settings=wandb.Settings(silent=True),
-            )
-            known.write_text(self._wandb.id)
+        self._tracker = tracker
 
     def write(self, values: Mapping[str, float]) -> None:
         unknown = sorted(values.keys() - METRICS.keys())
         assert not unknown, f"metrics without a description in METRICS: {unknown}"
         clean = finite(values)
         self._file.write(json.dumps(clean) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in clean.items() if v is not None}, step=int(values["update"]))
+        if self._tracker:
+            self._tracker.log(clean, int(values["update"]))
 
     def evaluation(self, values: Mapping[str, float], update: int) -> None:
-        """Mirror an evaluation to Weights & Biases; the file of record is ``evaluations.jsonl``."""
-        if self._wandb is not None:
-            self._wandb.log({f"eval/{k}": v for k, v in values.items()}, step=update)
+        """Mirror an evaluation; the file of record is ``evaluations.jsonl``."""
+        if self._tracker:
+            self._tracker.log(values, update)
+
+    def sample(self, line: Mapping[str, Any], update: int) -> None:
+        """Mirror a line of ``samples.jsonl``."""
+        if self._tracker:
+            self._tracker.sample(line, update)
 
     def close(self) -> None:
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracker:
+            self._tracker.close()
 
     def __enter__(self) -> Self:
         return self

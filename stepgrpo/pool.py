@@ -3,9 +3,8 @@
     place 0   reserve - start - load the newest weights - serve ... lost: killed, recorded - reserve - start - ...
     place 1   reserve (waits for a node, as long as need be) ...
 
-There are ``max`` places, and each is one such circle. A worker has a placement group of its own, so one can come or go
-without the others. A worker on a node that is being drained gets nothing new, and is dismissed when it is idle; its
-place starts the next one elsewhere meanwhile.
+There are ``max`` places, and each is one such circle. A worker on a node that is being drained gets nothing new, and is
+dismissed when it is idle; its place starts the next one elsewhere meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -25,7 +24,7 @@ from stepgrpo import launch
 from stepgrpo.actors.engine import EngineDied
 from stepgrpo.actors.rollout import GarbageError
 from stepgrpo.config import WorkersConfig
-from stepgrpo.launch import Bundle
+from stepgrpo.launch import Reserve
 from stepgrpo.rundir import append_event
 
 LOOK_SECONDS = 2.0
@@ -65,7 +64,7 @@ class Seat:
     capacity: int
     """Groups it works on at the same time."""
     group: Any = None
-    """Its placement group."""
+    """Its placement group; None: it shares one with others."""
     version: int = 0
     draws: set[int] = field(default_factory=set)
     """In flight here."""
@@ -93,17 +92,17 @@ class Failures:
 
     def reset(self) -> None:
         """Something worked."""
-        self._count, self._first = 0, ""
+        self.count, self._first = 0, ""
 
     def add(self, what: str, cause: BaseException | None = None) -> None:
         """
         Raises:
             TrainError: it was one too many; names the first of the row.
         """
-        self._count += 1
+        self.count += 1
         self._first = self._first or what
-        if self._count >= self._limit:
-            row = f"{self._count} failures in a row" if self._count > 1 else "a failure"
+        if self.count >= self._limit:
+            row = f"{self.count} failures in a row" if self.count > 1 else "a failure"
             raise TrainError(f"{row} (train.max_failures); the first: {self._first}") from cause
 
 
@@ -113,18 +112,19 @@ class Pool:
     Args:
         make: (place, actor options) -> handle of an actor with the methods ``start() -> node id``, ``ping`` and
             ``close`` of ``actors.worker.RolloutWorker``.
-        bundle: what one worker takes of a node.
+        reserve: a place on a node for one worker.
         capacity: groups a worker works on at the same time.
         health_seconds: without an answer to ``ping``, after which a worker counts as hung.
         start_timeout: seconds a worker may take to start, and ``limits.min`` workers may be missing.
         max_failures: in a row, after which the pool gives up.
+        colocated: engines share their GPUs with others, to whom ``asleep`` leaves them.
         run_dir: gets an event for each worker that joins, leaves or is lost; None: none is written.
     """
 
     def __init__(
         self,
         make: Callable[[int, dict[str, Any]], Any],
-        bundle: Bundle,
+        reserve: Reserve,
         limits: WorkersConfig,
         *,
         capacity: int,
@@ -132,9 +132,11 @@ class Pool:
         start_timeout: float,
         max_failures: int,
         display: Warn,
+        colocated: bool = False,
         run_dir: Path | None = None,
     ) -> None:
-        self._make, self._bundle, self._limits, self._capacity = make, bundle, limits, capacity
+        self._make, self._reserve, self._limits, self._capacity = make, reserve, limits, capacity
+        self._starting: AbstractAsyncContextManager[object] = asyncio.Lock() if colocated else nullcontext()
         self._health_seconds, self._start_timeout = health_seconds, start_timeout
         self._display, self._run_dir = display, run_dir
         self.failures = Failures(max_failures)
@@ -218,6 +220,39 @@ class Pool:
                 raise WorkersGone("all the workers that could have answered are lost")
             await self.changed()
 
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[list[Seat]]:
+        """The workers that are up, at least one, whose weights nobody changes during the block."""
+        held: list[Seat] = []
+        try:
+            while not held:
+                for seat in list(self.seats):
+                    await seat.loading.acquire()
+                    held.append(seat)
+                if not held:
+                    await self.changed()
+            yield held
+        finally:
+            for seat in held:
+                seat.loading.release()
+
+    @asynccontextmanager
+    async def asleep(self) -> AsyncIterator[None]:
+        """During the block no engine uses its GPU, and none starts. Nothing may be in flight but evaluations, whose end
+        is waited for."""
+
+        async def tell(seat: Seat, call: Callable[[Any], Any]) -> None:
+            try:
+                if not seat.lost:
+                    await call(seat.actor).remote()
+            except Exception as e:
+                self.lost(seat, one_line(e))
+
+        async with self._starting, self.held() as seats:
+            await launch.together(tell(s, lambda actor: actor.sleep) for s in seats)
+            yield
+            await launch.together(tell(s, lambda actor: actor.wake) for s in seats)
+
     async def changed(self) -> None:
         """Wait until a worker comes or goes."""
         self._changed.clear()
@@ -268,12 +303,9 @@ class Pool:
 
     def _remove(self, seat: Seat) -> None:
         """Kill a worker with all its processes."""
-        import ray
-
         seat.lost = True
         (self._leaving if seat in self._leaving else self.seats).remove(seat)
-        with suppress(Exception):
-            ray.kill(seat.actor)
+        _kill(seat.actor)
         _release(seat.group)
         self._vacate(seat)
 
@@ -320,16 +352,19 @@ class Pool:
 
     async def _open(self, index: int) -> Seat:
         """Start a worker and bring it up to date."""
-        group = await launch.reserve([self._bundle], None if self._begun else self._start_timeout)
+        group, options = await self._reserve(index, None if self._begun else self._start_timeout)
+        actor = None
         try:
-            actor = self._make(index, launch.place(group, 0, self._bundle))
-            what = f"rollout worker {index}"
-            node = await launch.within(actor.start.remote(), self._start_timeout, what)
-            seat = Seat(actor, index, node, self._capacity, group)
-            if self._join:
-                await launch.within(self._join(seat), self._start_timeout, f"weights of {what}")
+            async with self._starting:
+                actor = self._make(index, options)
+                what = f"rollout worker {index}"
+                node = await launch.within(actor.start.remote(), self._start_timeout, what)
+                seat = Seat(actor, index, node, self._capacity, group)
+                if self._join:
+                    await launch.within(self._join(seat), self._start_timeout, f"weights of {what}")
         except BaseException:
-            _release(group)  # and with it the actor
+            _kill(actor)
+            _release(group)
             raise
         self.seats.append(seat)
         if self._begun:
@@ -398,6 +433,13 @@ def _raise_failed(tasks: set[asyncio.Task[Any]]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.result()
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    with suppress(Exception):
+        ray.kill(actor)
 
 
 def _release(group: Any) -> None:

@@ -46,6 +46,7 @@ _MAY_CHANGE = (
     "train.wait_limit",
     "train.wandb",
     "train.wandb_project",
+    "train.wandb_group",
 )
 """Settings that decide where and how long a run runs, and not what it is."""
 

@@ -19,14 +19,16 @@ from stepgrpo.actors.truncation import Preset
 from stepgrpo.benchmarks import by_name
 from stepgrpo.config import Config, ConfigError, is_own
 from stepgrpo.console import Display
-from stepgrpo.crew import learner_bundles, rollout_bundles, rollout_crew, saved
+from stepgrpo.crew import rollout_crew, saved
 from stepgrpo.data import Problems, PromptStream, in_order, load_problems, without_overlap
 from stepgrpo.evaluate import Answers, Evaluation, compression, decode, evaluation, exit_cost, shown
 from stepgrpo.hub import checkpoint_files, eos_ids, fingerprint, load_tokenizer, max_positions, portable
 from stepgrpo.metrics import RunLog
+from stepgrpo.placement import all_bundles, rollout_bundles
 from stepgrpo.plugin import load_own
 from stepgrpo.reward.schemes import make_scheme
 from stepgrpo.tokens import Codec
+from stepgrpo.tracking import Tracker, check_key
 from stepgrpo.train import Loop
 from stepgrpo.types import Prompt
 
@@ -47,6 +49,7 @@ def train(config: Config, display: Display, resume: str | None = None) -> dict[s
     with rundir.alone(config.run_dir, "run"), contextlib.ExitStack() as stack:
         with display.phase("prepare", "reading model and data") as phase:
             config = portable(config)
+            check_key(config.train)
             start = recovery.claim(config, resume, display)
             check_rollout(config)
             train_set, held_out = read_problems(config, display)
@@ -61,8 +64,7 @@ def train(config: Config, display: Display, resume: str | None = None) -> dict[s
         with display.phase("ray", "starting Ray"):
             # The node that took the run down may not be replaced yet.
             patience = config.cluster.start_timeout if start.restart else 0.0
-            bundles = [*rollout_bundles(config), *learner_bundles(config)]
-            stack.enter_context(launch.session(config.cluster, bundles, patience))
+            stack.enter_context(launch.session(config.cluster, all_bundles(config), patience))
         # Not before: what is refused up to here leaves an empty directory, which the next attempt may take.
         recovery.begin(config, start, display)
         with rundir.recorded(config.run_dir, display.seconds) as summary:
@@ -95,13 +97,12 @@ async def _train(
 ) -> None:
     cancel_on_sigterm()
     beat = asyncio.create_task(launch.heartbeat())
-    t = config.train
-    settings = config.model_dump(mode="json")
     async with rollout_crew(config, display, learner=True) as (pool, ranks):
-        with RunLog(config.run_dir, wandb_mode=t.wandb, project=t.wandb_project, config=settings) as log:
+        tracker = None if config.train.wandb == "off" else Tracker(config, display.warn)
+        with RunLog(config.run_dir, tracker) as log:
             loop = Loop(config, stream, held_out, pool, ranks, display, log, start, inputs)
             try:
-                async with saved(ranks, config.model_dir, display, lambda: loop.update > 0):
+                async with saved(ranks, config.model_dir, display, lambda: loop.update > 0, loop.learners_turn):
                     await loop.run()
             finally:
                 summary["updates"] = loop.update

@@ -12,10 +12,11 @@ import numpy as np
 from stepgrpo import launch, rundir
 from stepgrpo.config import SftConfig
 from stepgrpo.console import Display
-from stepgrpo.crew import learner_bundles, learner_crew, saved
+from stepgrpo.crew import learner_crew, saved
 from stepgrpo.data import ResponseEncoder, load_problems
 from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, portable
 from stepgrpo.launch import together
+from stepgrpo.placement import learner_bundles
 from stepgrpo.run import cancel_on_sigterm, note_skipped
 from stepgrpo.tokens import Codec
 from stepgrpo.types import IntArray

@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from stepgrpo import checkpoint, launch, metrics, rundir
+from stepgrpo import checkpoint, launch, metrics, placement, rundir
 from stepgrpo.admission import ClosedBatch, Ledger
 from stepgrpo.config import Config
 from stepgrpo.console import Display, Phase, progress_line
@@ -45,6 +45,7 @@ from stepgrpo.recovery import Start
 from stepgrpo.reward.credit import advantages, has_signal
 from stepgrpo.reward.schemes import make_scheme
 from stepgrpo.spans import Spans
+from stepgrpo.telemetry import TELL_SECONDS, Telemetry
 from stepgrpo.types import GradedGroup, Prompt, WeightVersion
 from stepgrpo.watchdog import Stuck, Whereabouts, dump_actors, waiting, whereabouts
 
@@ -119,6 +120,8 @@ class Loop:
         self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
         self._places: dict[str, Whereabouts] = {}
         self._spans = Spans()
+        self._telemetry = Telemetry(config.name)
+        self._learns = False
         self._grader_failed = False
         self._spilled = math.nan
         self._wake = asyncio.Event()
@@ -138,6 +141,7 @@ class Loop:
             for seat in list(self.pool.seats):
                 with suppress(Exception):  # lost already, which the pool finds out
                     await self._note_place(seat)
+            self._show_places()
             if self.start.name:
                 heldout = json.loads(path.read_text()) if path.is_file() else {}
             elif before := await self._evaluate_phase("before", "the starting model"):
@@ -162,9 +166,9 @@ class Loop:
                         with self._spans.span("wait", batch=index):
                             batch = await self._closed_batch()
                         waited = time.monotonic() - last
+                        self._learns = True
                         await self._train_batch(batch, waited, last)
-                        if self._checkpoint_due(index + 1):
-                            await self._checkpoint()
+                        self._learns = False
                         self._show(phase, started, done, index + 1)
                         if self._eval_due(index + 1):
                             await self._start_evaluation()
@@ -243,7 +247,8 @@ class Loop:
         """Reference to a new group; None where the worker failed, and not the rollout."""
         try:
             done, group = seat.actor.roll.remote(prompt)
-            await done
+            tokens = await done
+            self._telemetry.count(seat.index, tokens=tokens, trajectories=self.config.rollout.group_size)
             seat.strikes = 0
             return group
         except Exception as e:
@@ -309,36 +314,51 @@ class Loop:
         stale = max((batch.index - f.oldest_version for g in groups for f in g.facts), default=0)
         assert stale <= c.train.max_staleness, f"a group {stale} versions old reached batch {batch.index}"
 
-        start = time.monotonic()
-        results = await self._on_ranks(f"the update on batch {batch.index}", lambda r: r.update.remote(plan, refs))
-        trained = time.monotonic()
-        size = await self._publish(batch.index + 1)
-        published = time.monotonic()
+        async with self.learners_turn():
+            start = time.monotonic()
+            results = await self._on_ranks(f"the update on batch {batch.index}", lambda r: r.update.remote(plan, refs))
+            trained = time.monotonic()
+            size = await self._publish(batch.index + 1)
+            published = time.monotonic()
 
-        self._mark_busy()
-        if c.train.sample_every and batch.index % c.train.sample_every == 0 and kept:
-            shown = next((i for i, r in enumerate(rewards) if has_signal(r)), 0)
-            self._tasks.create_task(self._keep_sample(batch.index, kept[shown], rewards[shown], credit[shown]))
-        of_batch = {
-            "time/batch": published - last,
-            "time/wait": waited,
-            "time/generate": self._busy_seconds,
-            "time/grade": sum(s.graded.grade_seconds for s in used.values()),
-            "time/train": trained - start,
-            "time/publish": published - trained,
-            "time/sync": self._sync_seconds,
-            "time/paused": max(self._pauses, default=math.nan),
-            "rate/tokens": sum(f.num_tokens for s in used.values() for f in s.graded.facts) / (published - last),
-            "weights/bytes": size,
-            "store/spilled": self._spilled,
-            **self._saved,
-            "workers/up": len(self.pool.seats),
-            "workers/deaths": self.pool.deaths,
-            "reward/filtered": len(batch.filtered),
-            "reward/missing": c.train.prompts_per_batch - len(batch.kept),
-        }
-        self._busy_seconds, self._pauses = 0.0, []
-        self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
+            self._mark_busy()
+            if c.train.sample_every and batch.index % c.train.sample_every == 0 and kept:
+                shown = next((i for i, r in enumerate(rewards) if has_signal(r)), 0)
+                self._tasks.create_task(self._keep_sample(batch.index, kept[shown], rewards[shown], credit[shown]))
+            of_batch = {
+                "time/batch": published - last,
+                "time/wait": waited,
+                "time/generate": self._busy_seconds,
+                "time/grade": sum(s.graded.grade_seconds for s in used.values()),
+                "time/train": trained - start,
+                "time/publish": published - trained,
+                "time/sync": self._sync_seconds,
+                "time/paused": max(self._pauses, default=math.nan),
+                "rate/tokens": sum(f.num_tokens for s in used.values() for f in s.graded.facts) / (published - last),
+                "weights/bytes": size,
+                "store/spilled": self._spilled,
+                **self._saved,
+                "workers/up": len(self.pool.seats),
+                "workers/deaths": self.pool.deaths,
+                "reward/filtered": len(batch.filtered),
+                "reward/missing": c.train.prompts_per_batch - len(batch.kept),
+            }
+            self._busy_seconds, self._pauses = 0.0, []
+            self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
+            if self._checkpoint_due(batch.index + 1):
+                await self._checkpoint()
+
+    @asynccontextmanager
+    async def learners_turn(self) -> AsyncIterator[None]:
+        """During the block the learner has the GPUs that it shares with engines (`cluster.colocate`)."""
+        async with AsyncExitStack() as stack:
+            if self.config.cluster.colocate:
+                async with self._waiting("the engines to leave their GPUs"):
+                    await stack.enter_async_context(self.pool.asleep())
+                await self._on_ranks("its turn", lambda r: r.wake.remote())
+            yield
+            if self.config.cluster.colocate:
+                await self._on_ranks("the end of its turn", lambda r: r.sleep.remote())
 
     async def _look_at_spilling(self) -> None:
         """Slow disks in the place of memory are said once, and counted in the metrics."""
@@ -387,7 +407,9 @@ class Loop:
             return
         for t, reward, advantage in zip(line["trajectories"], rewards, credit, strict=True):
             t |= {"reward": round(float(reward), 4), "advantage": round(float(advantage), 4)}
-        rundir.append_json(self.config.run_dir / "samples.jsonl", {"batch": batch, **line})
+        line = {"batch": batch, **line}
+        rundir.append_json(self.config.run_dir / "samples.jsonl", line)
+        self.log.sample(line, self.update)
 
     def _log_batch(
         self,
@@ -416,6 +438,7 @@ class Loop:
                 **(of_batch if i == len(plan.updates) - 1 else {}),
             }
             self.log.write(self.row)
+            self._telemetry.note(self.row)
             if self.row["policy/skipped"]:
                 self.display.warn(f"update {self.update} was skipped: its loss or gradient was not finite")
             # Held-out answers are the better witness: what rollouts take is also the gate's doing.
@@ -500,12 +523,29 @@ class Loop:
                     tasks.create_task(every(RANKS_SECONDS, self._raise_dead_rank)),
                     tasks.create_task(every(SPILL_SECONDS, self._look_at_spilling)),
                     tasks.create_task(every(SPANS_SECONDS, self._keep_spans)),
+                    tasks.create_task(every(TELL_SECONDS, self._tell)),
                 ]
                 yield
                 for look in looks:
                     look.cancel()
         finally:
             await self._keep_spans(LAST_SPANS_SECONDS)
+
+    async def _tell(self) -> None:
+        """What can be watched of this moment."""
+        now = {
+            "restart": self.start.restart,
+            "workers/up": len(self.pool.seats),
+            "workers/deaths": self.pool.deaths,
+            "store/spilled": self._spilled,
+            **self._saved,
+            "queue/finished": len(self.settled),
+            "queue/again": len(self._again),
+            "learner/busy": self._learns,
+            "failures/in_a_row": self.pool.failures.count,
+        }
+        workers = {s.index: {"worker/draws": len(s.draws), "worker/version": s.version} for s in self.pool.seats}
+        self._telemetry.tell(now, workers)
 
     async def _keep_spans(self, seconds: float = SPANS_SECONDS) -> None:
         """Write down what everybody did since the last time, as far as they tell within so many seconds."""
@@ -628,7 +668,8 @@ class Loop:
         assert s.name
         with self.display.phase("restore", f"going on from {s.name}") as phase:
             place, update = c.checkpoint_place, s.meta["update"]
-            await self._on_ranks(s.name, lambda r: r.restore.remote(place, s.name, s.files, update))
+            async with self.learners_turn():
+                await self._on_ranks(s.name, lambda r: r.restore.remote(place, s.name, s.files, update))
             async with self._waiting(f"groups of {s.name}"):
                 groups: dict[int, list[Any]] = await self.ranks[0].restore_groups.remote(place, s.name)
                 graded = await together(self._ingest(draw, ref) for draw, [ref] in groups.items())
@@ -648,6 +689,15 @@ class Loop:
         if self._eval_due(self.ledger.batch) and self.ledger.batch not in self.accuracy:
             await self._start_evaluation()
 
+    def _show_places(self) -> None:
+        """Where the actors came to lie, if there is a choice; ``events.jsonl`` has it in any case."""
+        by_node: dict[str, list[str]] = {}
+        for name, place in self._places.items():
+            by_node.setdefault(place.node, []).append(name)
+        rundir.append_event(self.config.run_dir, "placement", nodes=by_node)
+        for node, names in by_node.items() if len(by_node) > 1 else ():
+            self.display.print(f"  node {node[:8]}: {placement.shown(names)}")
+
     async def _note_place(self, seat: Seat) -> None:
         self._places[f"rollout worker {seat.index}"] = await seat.actor.whereabouts.remote()
 
@@ -660,20 +710,10 @@ class Loop:
     @asynccontextmanager
     async def _frozen(self) -> AsyncIterator[list[Seat]]:
         """The workers that are up, on the newest version, and none loads another until the block ends."""
-        held: list[Seat] = []
-        try:
-            while not held:
-                for s in list(self.pool.seats):
-                    await s.loading.acquire()
-                    held.append(s)
-                if not held:
-                    await self.pool.changed()
+        async with self.pool.held() as held:
             await together(self._load_locked(s) for s in held)
             newest = max(s.version for s in held)
             yield [s for s in held if s.version == newest and not s.lost]
-        finally:
-            for s in held:
-                s.loading.release()
 
     async def _start_evaluation(self) -> None:
         """Evaluate in the background. Workers are held before this returns, so no later version slips in."""
@@ -735,10 +775,10 @@ class Loop:
             rundir.append_json(self.config.run_dir / "evaluations.jsonl", line)
         self.accuracy[version] = result.accuracy.mean
         self._watch(self.eval_watch.see(result.steps.mean, result.tokens.mean), "held-out problems")
+        figures = {f"eval/{k}": getattr(result, k).mean for k in ("accuracy", "tokens", "steps")}
         # At the update of now, not of its start: Weights & Biases drops what goes back.
-        self.log.evaluation(
-            {"accuracy": result.accuracy.mean, "tokens": result.tokens.mean, "steps": result.steps.mean}, self.update
-        )
+        self.log.evaluation(figures, self.update)
+        self._telemetry.note(figures)
         return result, groups
 
     def _show(self, phase: Phase, started: float, restored: int, batches_done: int) -> None:

@@ -5,7 +5,8 @@ import socket
 import pytest
 
 from stepgrpo.config import ClusterConfig, ConfigError
-from stepgrpo.launch import Bundle, check_resources, session
+from stepgrpo.launch import check_resources, session
+from stepgrpo.placement import Bundle
 
 WORKER = Bundle("rollout.workers", 1.0, 2)
 RANK = Bundle("learner.num_ranks", 1.0, 1)

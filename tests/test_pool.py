@@ -27,8 +27,9 @@ from stepgrpo import run
 from stepgrpo.actors.rollout import Chunk, GarbageError
 from stepgrpo.config import Config, ConfigError, WorkersConfig, load
 from stepgrpo.console import Display
-from stepgrpo.launch import Bundle
-from stepgrpo.pool import Pool, Seat, TrainError, WorkersGone, is_lost, root_cause
+from stepgrpo.launch import on_their_own
+from stepgrpo.placement import Bundle
+from stepgrpo.pool import LOOK_SECONDS, Pool, Seat, TrainError, WorkersGone, is_lost, root_cause
 
 ROOT = Path(__file__).parents[1]
 MINIATURE = ROOT / "examples" / "miniature"
@@ -39,12 +40,13 @@ SECONDS = 60.0
 class Worker:
     """As much of a rollout worker as the pool needs to know."""
 
-    def __init__(self, index: int, broken: Path) -> None:
-        self.index, self.broken = index, broken
+    def __init__(self, index: int, directory: Path) -> None:
+        self.index, self.directory = index, directory
 
     async def start(self) -> str:
-        if self.broken.exists():
+        if self.directory.joinpath("broken").exists():
             raise ValueError("no engine today")
+        self.log("starts")
         return str(ray.get_runtime_context().get_node_id())
 
     async def ping(self) -> None:
@@ -55,6 +57,16 @@ class Worker:
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def sleep(self) -> None:
+        self.log("sleeps")
+
+    async def wake(self) -> None:
+        self.log("wakes")
+
+    def log(self, what: str) -> None:
+        with self.directory.joinpath("turns").open("a") as f:
+            f.write(f"{self.index} {what}\n")
 
     async def garbage(self) -> None:
         raise GarbageError("a log-probability of nan")
@@ -109,8 +121,8 @@ async def pool_of(directory: Path, least: int, most: int, **settings: Any) -> As
     actor = ray.remote(Worker)
     keywords: dict[str, Any] = {"health_seconds": 15.0, "start_timeout": SECONDS, "max_failures": 3} | settings
     pool = Pool(
-        lambda index, options: actor.options(**options).remote(index, directory / "broken"),
-        Bundle("rollout.workers", 1.0, 0),
+        lambda index, options: actor.options(**options).remote(index, directory),
+        on_their_own(Bundle("rollout.workers", 1.0, 0)),
         WorkersConfig(min=least, max=most),
         capacity=4,
         display=Display(Console(file=io.StringIO())),
@@ -252,6 +264,36 @@ async def test_a_new_node_is_used_and_a_lost_one_is_one_failure(tmp_path: Path, 
         await until(pool, lambda: pool.deaths == 2)
         assert {e["node"] for e in events(tmp_path) if e["kind"] == "death"} == old
         assert not old & {s.node for s in pool.seats} and len(pool.seats) == 2
+
+
+async def test_engines_that_share_gpus_sleep_while_others_have_them_and_none_starts_meanwhile(
+    tmp_path: Path, add_node
+) -> None:
+    add_node()
+    turns = tmp_path / "turns"
+
+    async def learn() -> None:
+        async with pool.asleep():
+            turns.open("a").write("learner begins\n")
+            await kill(pool.seats[0])
+            await until(pool, lambda: pool.deaths == 1)
+            await asyncio.sleep(2 * LOOK_SECONDS)  # in which another would start
+            turns.open("a").write("learner ends\n")
+
+    async with pool_of(tmp_path, 2, 2, colocated=True) as pool, pool.serving():
+        evaluation = pool.seats[1].loading
+        await evaluation.acquire()
+        turn = asyncio.create_task(learn())
+        await asyncio.sleep(0.5)
+        assert "sleeps" not in turns.read_text()
+        evaluation.release()
+        await turn
+        await until(pool, lambda: len(pool.seats) == 2)
+    lines = turns.read_text().splitlines()
+    assert [*sorted(lines[:2]), *sorted(lines[2:4]), *lines[4:6], *sorted(lines[6:])] == [
+        *("0 starts", "1 starts", "0 sleeps", "1 sleeps"),
+        *("learner begins", "learner ends", "0 starts", "1 wakes"),
+    ]
 
 
 async def test_a_drained_node_is_left_when_its_work_is_done(tmp_path: Path, add_node) -> None:

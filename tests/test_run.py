@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -108,11 +109,11 @@ def held_out_prompts(number: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def twins(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """The same strictly on-policy run, twice."""
+    """The same strictly on-policy run, twice: side by side, and with engine and learner taking turns."""
     directory = tmp_path_factory.mktemp("twins")
     settings = ["train.num_batches=3", "train.max_staleness=0", "train.refill=true", "eval.every=1"]
-    first, second = (train(directory, name, *settings) for name in ("first", "second"))
-    return first, second
+    first = train(directory, "first", *settings)
+    return first, train(directory, "second", *settings, "cluster.colocate=true")
 
 
 def without_the_clock(lines: list[Json]) -> list[Json]:
@@ -129,6 +130,19 @@ def test_two_on_policy_runs_with_one_seed_write_the_same_lines(twins: tuple[Run,
 def test_two_on_policy_runs_with_one_seed_end_in_the_same_weights(twins: tuple[Run, Run]) -> None:
     first, second = ((r.model / "model.safetensors").read_bytes() for r in twins)
     assert first == second
+
+
+def test_where_engine_and_learner_take_turns_one_sleeps_while_the_other_works(twins: tuple[Run, Run]) -> None:
+    spans = twins[1].lines("spans")
+    happened = Counter((s["actor"].split()[0], s["name"]) for s in spans)
+    assert happened["rollout", "sleep"] == happened["rollout", "wake"] == happened["learner", "wake"] == 3
+    assert happened["learner", "sleep"] == 4, "once more before the engine starts"
+    sampling, learning = (
+        sorted((s["start"], s["start"] + s["seconds"]) for s in spans if s["name"] in names)
+        for names in (("generate", "evaluate", "load"), ("update", "publish", "snapshot"))
+    )
+    assert sampling and learning
+    assert not [(a, b) for a in sampling for b in learning if a[0] < b[1] and b[0] < a[1]]
 
 
 def test_an_on_policy_run_meets_only_tokens_of_its_own_version(twins: tuple[Run, Run]) -> None:

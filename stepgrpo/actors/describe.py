@@ -60,6 +60,7 @@ def _trajectory(
         "answer": extract_answer(t.text, think_close),
         "num_steps": facts.num_steps,
         "num_tokens": facts.num_tokens,
+        "version": facts.oldest_version,
         "reward": None,
         "advantage": None,
     }

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import multiprocessing
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,9 @@ class VllmEngine:
         device: what to compute on; on CPU ``CPU_ENV`` must be set.
         max_model_len: longest prompt and response together, in tokens.
         seed: of requests without a seed of their own.
+        sleeps: whether it can; on CPU sleeping does nothing, for there is no memory of a device to give back.
         version: the version that the checkpoint's weights count as.
+        record: given vLLM's statistics of each step, see ``stats.EngineStats``; None: it keeps none.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class VllmEngine:
         device: Literal["cpu", "cuda"],
         max_model_len: int,
         seed: int = 0,
+        sleeps: bool = False,
         version: int = 0,
+        record: Callable[[Any, Any], None] | None = None,
     ) -> None:
         from vllm import SamplingParams
         from vllm.outputs import CompletionOutput
@@ -82,6 +86,7 @@ class VllmEngine:
 
         self.version = version
         self._initial = version
+        self._sleeps, self._asleep = sleeps and device != "cpu", False
         self._stream_interval = config.stream_interval
         self._max_model_len = max_model_len
         self._reports_versions = hasattr(CompletionOutput, "weight_versions")  # vLLM 0.26 does not
@@ -100,7 +105,10 @@ class VllmEngine:
         self._cause: str | None = None
         others = set(multiprocessing.active_children())
         self._llm: Any = AsyncLLM.from_engine_args(
-            engine_args(path, model, config, device=device, max_model_len=max_model_len, seed=seed)
+            engine_args(
+                path, model, config, device=device, max_model_len=max_model_len, seed=seed, sleeps=self._sleeps
+            ),
+            stat_loggers=[_stat_logger(record)] if record else None,
         )
         self._processes = set(multiprocessing.active_children()) - others
 
@@ -230,9 +238,24 @@ class VllmEngine:
         Raises:
             EngineDied: if the engine died.
         """
+        await self._control(lambda: self._llm.collective_rpc("check_health"))
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back: weights go to the host, the KV cache is dropped. Nothing may be in flight."""
+        if self._sleeps and not self._asleep:
+            await self._control(lambda: self._llm.sleep(level=1))
+            self._asleep = True
+
+    async def wake(self) -> None:
+        """Take the memory again, with the weights that were there."""
+        if self._asleep:
+            await self._control(self._llm.wake_up)
+            self._asleep = False
+
+    async def _control(self, call: Callable[[], Coroutine[Any, Any, object]]) -> None:
         self._check()
         try:
-            await self._unless_dead(self._llm.collective_rpc("check_health"))
+            await self._unless_dead(call())
         except self._dead_error as e:
             self._cause = self._cause or "its process died"
             raise EngineDied(f"the vLLM engine died: {self._cause}") from e
@@ -263,6 +286,7 @@ def engine_args(
     device: Literal["cpu", "cuda"],
     max_model_len: int,
     seed: int,
+    sleeps: bool = False,
 ) -> AsyncEngineArgs:
     """The settings of ``VllmEngine`` in vLLM's own."""
     from vllm.config import WeightTransferConfig
@@ -300,6 +324,26 @@ def engine_args(
         worker_extension_cls=f"{receive.__name__}.{receive.WorkerExtension.__name__}",
         weight_transfer_config=WeightTransferConfig(backend=receive.BACKEND),
         disable_log_stats=True,
+        enable_sleep_mode=sleeps,
         use_tqdm_on_load=False,
         **args,
     )
+
+
+def _stat_logger(record: Callable[[Any, Any], None]) -> Any:
+    """The one logger of an engine. In the place of vLLM's own for Prometheus, which nobody could scrape in here."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class HandOver(PrometheusStatLogger):
+        def __init__(self, vllm_config: Any, engine_indexes: Any = None) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+            record(scheduler_stats, iteration_stats)
+
+        def _nothing(self, *_: Any, **__: Any) -> None:
+            pass
+
+        log_engine_initialized = record_sleep_state = record_admission_rejection = _nothing
+
+    return HandOver

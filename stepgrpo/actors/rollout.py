@@ -91,6 +91,14 @@ class Engine(Protocol):
         """Stream one request. Closing the generator, or cancelling who iterates, aborts it."""
         ...
 
+    async def sleep(self) -> None:
+        """Give the GPU's memory back; nothing may be in flight."""
+        ...
+
+    async def wake(self) -> None:
+        """Take it again, with the weights that were there."""
+        ...
+
 
 class Rollout:
     """Samples groups of trajectories from an engine."""

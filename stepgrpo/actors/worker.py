@@ -15,6 +15,7 @@ import ray
 from stepgrpo.actors.describe import describe
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
 from stepgrpo.actors.rollout import Rollout
+from stepgrpo.actors.stats import EngineStats
 from stepgrpo.config import Config
 from stepgrpo.hub import checkpoint_files, eos_ids
 from stepgrpo.reward.graded import grade_group
@@ -57,7 +58,14 @@ class RolloutWorker:
         codec = Codec.from_dir(directory)
         eos = eos_ids(directory)
         self._engine = VllmEngine(
-            c.model.path, c.model, c.engine, device=c.cluster.device, max_model_len=c.max_model_len, seed=c.seed
+            c.model.path,
+            c.model,
+            c.engine,
+            device=c.cluster.device,
+            max_model_len=c.max_model_len,
+            seed=c.seed,
+            sleeps=c.cluster.colocate,
+            record=EngineStats(c.name, self._index, c.model.path).record,
         )
         self._rollout = Rollout(
             self._engine, codec, c.rollout, c.model.think_close, eos, run_seed=c.seed, spans=self._spans
@@ -118,6 +126,15 @@ class RolloutWorker:
                     return await self._engine.load(weights.version, path, table)
             except WeightsError:
                 continue  # other workers of the node have stored two newer versions since
+
+    async def sleep(self) -> None:
+        """Leave the GPU to the learner. Nothing may be in flight."""
+        with self._spans.span("sleep"):
+            await self._engine.sleep()
+
+    async def wake(self) -> None:
+        with self._spans.span("wake"):
+            await self._engine.wake()
 
     async def spans(self) -> list[dict[str, Any]]:
         """What was done since the last call."""

@@ -225,6 +225,7 @@ class LearnerEngine:
                 "exp_avg_sq": torch.zeros_like(flat),
             }
         self._max_skips, self._num_skips = config.max_skips, 0
+        self._sleeps = False
 
         self._reference: DeepSpeedEngine | None = None
         if with_reference:
@@ -376,6 +377,27 @@ class LearnerEngine:
             target.rename(previous)
         partial.rename(target)
         shutil.rmtree(previous, ignore_errors=True)
+
+    def sleep(self) -> None:
+        """Move weights, gradients and optimizer to the host. On CPU they are there."""
+        if self._device.type == "cpu" or self._sleeps:
+            return
+        self._policy.offload_states()
+        self._move_reference("cpu")
+        torch.cuda.empty_cache()
+        self._sleeps = True
+
+    def wake(self) -> None:
+        """Take them back; one that is awake stays so."""
+        if self._sleeps:
+            self._policy.reload_states()
+            self._move_reference(self._device)
+            self._sleeps = False
+
+    def _move_reference(self, device: str | torch.device) -> None:
+        # DeepSpeed moves the states of engines with an optimizer only.
+        for param in self._reference.parameters() if self._reference else ():
+            param.ds_tensor.data = param.ds_tensor.data.to(device)
 
     def close(self) -> None:
         """Release the engines; the process group stays, for it belongs to the process."""

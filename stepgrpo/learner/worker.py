@@ -246,6 +246,16 @@ class LearnerWorker:
 
         return await self._run(publish)
 
+    async def sleep(self) -> None:
+        """Leave the GPU to the engine."""
+        with self._spans.span("sleep"):
+            await self._run(self._engine.sleep)
+
+    async def wake(self) -> None:
+        """Take the GPU again; a rank that is awake stays so."""
+        with self._spans.span("wake"):
+            await self._run(self._engine.wake)
+
     async def save(self, directory: str) -> None:
         """Write the policy as a Hugging Face directory; a collective, rank 0 writes."""
         await self._run(self._engine.save_pretrained, directory)

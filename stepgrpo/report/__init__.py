@@ -1,7 +1,7 @@
 """One self-contained HTML page about runs and tables of methods: it opens offline and asks the network for nothing.
 
-Python reads, counts and puts the page together; `page.js` draws. A file that an older run directory lacks leaves its
-part of the page to say so.
+Python reads, counts and puts the page together; `parts.js` draws, here and in the dashboard. A file that an older run
+directory lacks leaves its part of the page to say so.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -81,34 +82,59 @@ def _page(runs: list[dict[str, Any]], tables: list[dict[str, Any]]) -> str:
         "style": (files / "page.css").read_text(encoding="utf-8"),
         "plotly": get_plotlyjs(),
         "data": data,
-        "script": (files / "page.js").read_text(encoding="utf-8"),
+        "script": "\n".join((files / name).read_text(encoding="utf-8") for name in ("parts.js", "page.js")),
     }
     page = (files / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], page)
 
 
+@dataclass
+class Records:
+    """What the files of a run directory hold; empty where one is not there."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of metrics.jsonl."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    heldout: dict[str, Any] = field(default_factory=dict)
+
+
+FIGURES: dict[str, Callable[[Records], Any]] = {
+    "config": lambda run: run.config,
+    "summary": lambda run: run.summary,
+    "curves": lambda run: curves(run.rows),
+    "evaluations": lambda run: run.evaluations,
+    "warnings": lambda run: _warnings(run.rows, run.summary),
+    "heldout": lambda run: _histograms(run.heldout),
+    "calibration": lambda run: _calibration(run.probes, run.config),
+    "false_exits": lambda run: _false_exits(run.probes),
+    "exit_cost": lambda run: _exit_cost(run.rows, run.summary),
+    "samples": lambda run: run.samples,
+}
+"""What `parts.js` draws of a run."""
+
+
 def _run(directory: Path) -> dict[str, Any]:
-    rows = _lines(directory / "metrics.jsonl")
-    summary = _json(directory / "summary.json") or {}
-    config = _json(directory / "config.json") or {}
-    probes = _lines(directory / "probes.jsonl")
+    records = Records(
+        rows=_lines(directory / "metrics.jsonl"),
+        config=_json(directory / "config.json") or {},
+        summary=_json(directory / "summary.json") or {},
+        heldout=_json(directory / "heldout.json") or {},
+        **{name: _lines(directory / f"{name}.jsonl") for name in ("evaluations", "probes", "samples")},
+    )
+    figures = {name: make(records) for name, make in FIGURES.items()}
+    return {"name": directory.resolve().name, "path": str(directory), **figures}
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """By metric, of those that any of the rows has."""
     return {
-        "name": directory.resolve().name,
-        "path": str(directory),
-        "config": config,
-        "summary": summary,
-        "curves": {
-            name: [_short(row.get(name)) for row in rows]
-            for name in METRICS
-            if any(row.get(name) is not None for row in rows)
-        },
-        "evaluations": _lines(directory / "evaluations.jsonl"),
-        "warnings": _warnings(rows, summary),
-        "heldout": _histograms(_json(directory / "heldout.json")),
-        "calibration": _calibration(probes, config),
-        "false_exits": _false_exits(probes),
-        "exit_cost": _exit_cost(rows, summary),
-        "samples": _lines(directory / "samples.jsonl"),
+        name: [_short(row.get(name)) for row in rows]
+        for name in METRICS
+        if any(row.get(name) is not None for row in rows)
     }
 
 
@@ -153,9 +179,9 @@ def _warnings(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
     return [f"{where}: {message}" for steps, tokens in pairs if (message := watch.see(steps, tokens))]
 
 
-def _histograms(heldout: dict[str, Any] | None) -> dict[str, Any]:
+def _histograms(heldout: dict[str, Any]) -> dict[str, Any]:
     """For steps and for tokens: left edges of bars of one width, and each evaluation's share of answers per bar."""
-    if heldout is None:
+    if not heldout:
         return {}
     result = {}
     for quantity in ("steps", "tokens"):

@@ -1,0 +1,153 @@
+"""Weights & Biases beside a run, in a thread of its own: whatever becomes of it, the run neither waits nor fails."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from stepgrpo.config import Config, ConfigError, TrainConfig, brief
+
+CLOSE_SECONDS = 60.0
+"""How long the end of a run waits for what is not uploaded yet."""
+MAX_WAITING = 1000
+"""Entries that wait while nothing takes them; further ones are left out."""
+COLUMNS = {
+    "response": "text",
+    "reward": "reward",
+    "advantage": "advantage",
+    "exit": "exit",
+    "steps": "num_steps",
+    "tokens": "num_tokens",
+    "version": "version",
+}
+"""Of the table of samples, behind batch and prompt -> what a trajectory in ``samples.jsonl`` calls it."""
+
+
+def check_key(config: TrainConfig) -> None:
+    """Look for a key, before anything is started that would wait for one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.wandb != "online":
+        return
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "train.wandb: got online, but Weights & Biases has no key here: run `wandb login`, set WANDB_API_KEY, or "
+            "take train.wandb=offline"
+        )
+
+
+class Tracker:
+    """One run at Weights & Biases. A run that goes on keeps its id.
+
+    The run's directory gets `wandb/` and `wandb-id.txt`.
+
+    Args:
+        warn: told why nothing gets there any more; called from another thread.
+    """
+
+    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+        self._config, self._directory, self._warn = config, config.run_dir, warn
+        self._queue: queue.Queue[tuple[Callable[[], dict[str, Any]], int] | None] = queue.Queue(MAX_WAITING)
+        self._lost = False
+        self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, values: Mapping[str, Any], update: int) -> None:
+        """Figures at an update, which may not go back; None is left out."""
+        self._put(lambda: {k: v for k, v in values.items() if v is not None}, update)
+
+    def sample(self, line: Mapping[str, Any], update: int) -> None:
+        """A line of ``samples.jsonl``, as a table with a row for each trajectory."""
+
+        def table() -> dict[str, Any]:
+            import wandb
+
+            rows = [[line["batch"], line["prompt"], *(t[k] for k in COLUMNS.values())] for t in line["trajectories"]]
+            return {"samples": wandb.Table(["batch", "prompt", *COLUMNS], rows)}
+
+        self._put(table, update)
+
+    def close(self) -> None:
+        """Wait, up to ``CLOSE_SECONDS``, until all is uploaded or, offline, written."""
+        self._put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._lose(f"it did not finish within {CLOSE_SECONDS:g} s")
+
+    def _put(self, values: Callable[[], dict[str, Any]] | None, update: int = 0) -> None:
+        if self._lost:
+            return
+        try:
+            self._queue.put_nowait(values and (values, update))
+        except queue.Full:
+            self._lose(f"it took nothing of the last {MAX_WAITING} entries")
+
+    def _serve(self) -> None:
+        try:
+            run = self._begin()
+            while (item := self._queue.get()) is not None:
+                values, update = item
+                run.log(values(), step=update)
+            run.finish()
+        except Exception as e:
+            self._lose(f"{type(e).__name__}: {brief(e, 120)}")
+
+    def _begin(self) -> Any:
+        try:
+            return self._init(self._config.train.wandb)
+        except Exception as e:
+            if self._config.train.wandb != "online":
+                raise
+            self._warn(
+                f"Weights & Biases cannot be reached ({brief(e, 120)}): this attempt is recorded offline, and "
+                f"`wandb sync {self._directory}/wandb/offline-run-*` uploads it"
+            )
+            return self._init("offline")
+
+    def _init(self, mode: Any) -> Any:
+        import wandb
+
+        t, known = self._config.train, self._directory / "wandb-id.txt"
+        run = wandb.init(
+            project=t.wandb_project,
+            group=t.wandb_group,
+            name=self._directory.name,
+            id=known.read_text() if known.is_file() else None,
+            resume="allow",
+            dir=str(self._directory),
+            mode=mode,
+            config=self._config.model_dump(mode="json"),
+            # Its copy of what is printed would break the moving line of a terminal.
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        known.write_text(run.id)
+        return run
+
+    def _lose(self, reason: str) -> None:
+        """Go on without it. Its process is killed, which would otherwise be waited for at the interpreter's exit."""
+        if self._lost:
+            return
+        self._lost = True
+        self._warn(
+            f"Weights & Biases is given up ({reason}); the run goes on, its files are complete, and "
+            f"`wandb sync {self._directory}/wandb/*run-*` uploads what was recorded until now"
+        )
+        for process in psutil.Process().children():
+            with suppress(psutil.Error):
+                if process.name() == "wandb-core":
+                    process.kill()
+        import wandb
+
+        with suppress(Exception):  # nobody is left to say goodbye to
+            wandb.teardown()
+
