@@ -39,7 +39,8 @@ from stepgrpo.console import clock
 from stepgrpo.data import DataError, load_problems
 from stepgrpo.dryrun import GB, Plan, explain, size
 from stepgrpo.hub import hub_answers, load_tokenizer, portable
-from stepgrpo.placement import Bundle, learner_bundles, rollout_bundles
+from stepgrpo.placement import Bundle, all_bundles
+from stepgrpo.placement import plan as lay
 from stepgrpo.pool import one_line
 from stepgrpo.run import check_rollout
 
@@ -123,9 +124,11 @@ class Case:
         The object store is a check of its own, because that of a running Ray is not the config's.
         """
         cluster = config.cluster.model_copy(update={"object_store_mb": None})
-        least = min((gpu["memory"] for facts in self.facts.values() for gpu in facts["gpus"]), default=80 * GB)
+        gpus = [facts["gpus"] for facts in self.facts.values() if facts["gpus"]]
+        memory = min((gpu["memory"] for node in gpus for gpu in node), default=80 * GB)
         with suppress(ConfigError):
-            return explain(config.model_copy(update={"cluster": cluster}), least / GB)
+            config = config.model_copy(update={"cluster": cluster})
+            return explain(config, memory / GB, max(map(len, gpus), default=8))
         return None
 
     @property
@@ -299,12 +302,12 @@ def look_at_packages(case: Case) -> Iterator[Finding]:
 
 
 def _requirements() -> list[Requirement]:
-    """Those of a run; of extras, which have a marker, those too."""
+    """What a run needs, and what it may: extras, but for `dev`, which have a marker."""
     try:
-        all_of_them = [Requirement(r) for r in metadata.requires("stepgrpo") or ()]
+        named = [Requirement(r) for r in metadata.requires("stepgrpo") or ()]
     except metadata.PackageNotFoundError:
         return []
-    return [r for r in all_of_them if not r.marker or not r.marker.evaluate({"extra": "dev"})]
+    return [r for r in named if not r.marker or not r.marker.evaluate({"extra": "dev"})]
 
 
 def _mismatched_builds(
@@ -557,12 +560,15 @@ def look_at_resources(case: Case) -> Iterator[Finding]:
     if not case.nodes:
         yield Finding("resources", "skipped", "what there is only Ray can say", "mend what keeps it from starting")
         return
-    have, bundles = ray.cluster_resources(), [*rollout_bundles(config), *learner_bundles(config)]
+    have, bundles, nodes = ray.cluster_resources(), all_bundles(config), [case.resources(node) for node in case.nodes]
     try:
-        launch.check_resources(have, [case.resources(node) for node in case.nodes], bundles)
+        launch.check_resources(have, nodes, bundles)
     except ConfigError as e:
         yield _refused("resources", e)
         return
+    if lay(config, nodes) is None:
+        found = f"{len(bundles)} actors do not fit on the nodes, though in all there is enough"
+        yield Finding("resources", "fault", found, "see `stepgrpo train CONFIG --dry-run` for what lies where")
     if taken := _taken(bundles):
         do = f"wait for the job that has the others; a run waits {config.cluster.start_timeout:g} s by itself"
         yield Finding("resources", "warning", taken, do)
@@ -595,7 +601,8 @@ def _taken(bundles: Sequence[Bundle]) -> str:
 def look_at_shared_memory(case: Case) -> Iterator[Finding]:
     """Engines map two copies of the weights there, and Ray keeps its objects there."""
     plan, well = case.plan, True
-    weights = 2 * plan.rollout_host / 3 if plan else 0.0
+    width = 2 if case.config and case.config.model.dtype == "bfloat16" else 4
+    weights = 2 * width * plan.shape.num_params if plan else 0
     for node, facts in case.facts.items():
         free, store = facts["shm"]["free"], case.resources(node).get("object_store_memory", 0.0)
         if free < weights + store:
@@ -709,7 +716,7 @@ def look_at_wandb(case: Case) -> Iterator[Finding]:
 
 
 def look_at_libraries(case: Case) -> Iterator[Finding]:
-    """Whether they load: no metadata tell what they need of the system."""
+    """Whether they load: what they need of the system is in no metadata."""
     start, well = time.monotonic(), True
     limit = IMPORT_SECONDS + NODE_SECONDS
     answers, failed = _everywhere(case.nodes, survey.load_libraries, LIBRARIES, IMPORT_SECONDS, seconds=limit)
@@ -747,7 +754,7 @@ def run_tiny(case: Case) -> Iterator[Finding]:
         found = "the model is large, or not here, and the miniature is not on every node"
         yield Finding(name, "skipped", found, "try it with a config of a small model, from stepgrpo's own directory")
         return
-    if taken := _taken([*rollout_bundles(config), *learner_bundles(config)]):
+    if taken := _taken(all_bundles(config)):
         yield Finding(name, "skipped", f"{taken}: another job has them", "run it again when the cluster is idle")
         return
     start, settings, log = time.monotonic(), directory / "tiny.yaml", directory / "output.txt"
@@ -760,9 +767,8 @@ def run_tiny(case: Case) -> Iterator[Finding]:
         status = process.wait(TINY_SECONDS)
     except subprocess.TimeoutExpired:
         last = (log.read_text().splitlines() or ["nothing"])[-1]
-        yield Finding(
-            name, "fault", f"not done after {TINY_SECONDS:g} s; its last words: {last}", "see docs/troubleshooting.md"
-        )
+        found = f"not done after {TINY_SECONDS:g} s; its last words: {last}"
+        yield Finding(name, "fault", found, "see docs/troubleshooting.md")
         return
     if status:
         errors = [line.removeprefix("error: ") for line in log.read_text().splitlines() if line.startswith("error: ")]

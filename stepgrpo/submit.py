@@ -276,8 +276,8 @@ def connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(headers=headers)
     except AuthenticationError as e:
         raise ConfigError(
-            f"--address: {address} lets nobody in without its token ({brief(e, 60)}); set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH"
+            f"--address: {address} lets nobody in without its token ({brief(e, 60)}); set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN unless ~/.ray/auth_token has it"
         ) from None
     except (OSError, RuntimeError, ValueError, RayError) as e:
         raise ConfigError(
@@ -299,7 +299,8 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
             submission_id=job.submission_id,
         )
     except (OSError, RuntimeError, ValueError) as e:
-        raise ConfigError(f"{client.get_address()}: does not take the job ({brief(e, 300)})") from None
+        cause = str(e).strip(".\n").splitlines()[-1]  # of the server's traceback
+        raise ConfigError(f"{client.get_address()}: does not take the job ({cause})") from None
 
 
 def attend(client: JobSubmissionClient, job: str, display: Display) -> int:

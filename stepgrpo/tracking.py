@@ -14,8 +14,6 @@ from stepgrpo.config import Config, ConfigError, TrainConfig, brief
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what is not uploaded yet."""
-MAX_WAITING = 1000
-"""Entries that wait while nothing takes them; further ones are left out."""
 COLUMNS = {
     "response": "text",
     "reward": "reward",
@@ -57,7 +55,7 @@ class Tracker:
 
     def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
         self._config, self._directory, self._warn = config, config.run_dir, warn
-        self._queue: queue.Queue[tuple[Callable[[], dict[str, Any]], int] | None] = queue.Queue(MAX_WAITING)
+        self._queue: queue.SimpleQueue[tuple[Callable[[], dict[str, Any]], int] | None] = queue.SimpleQueue()
         self._lost = False
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self._thread.start()
@@ -79,18 +77,14 @@ class Tracker:
 
     def close(self) -> None:
         """Wait, up to ``CLOSE_SECONDS``, until all is uploaded or, offline, written."""
-        self._put(None)
+        self._queue.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._lose(f"it did not finish within {CLOSE_SECONDS:g} s")
 
-    def _put(self, values: Callable[[], dict[str, Any]] | None, update: int = 0) -> None:
-        if self._lost:
-            return
-        try:
-            self._queue.put_nowait(values and (values, update))
-        except queue.Full:
-            self._lose(f"it took nothing of the last {MAX_WAITING} entries")
+    def _put(self, values: Callable[[], dict[str, Any]], update: int) -> None:
+        if not self._lost:
+            self._queue.put((values, update))
 
     def _serve(self) -> None:
         try:
@@ -150,4 +144,3 @@ class Tracker:
 
         with suppress(Exception):  # nobody is left to say goodbye to
             wandb.teardown()
-

@@ -592,17 +592,18 @@ class Loop:
         return bool(every and (batches_done % every == 0 or batches_done == self.config.train.num_batches))
 
     async def _checkpoint(self) -> None:
-        """Have the state of this moment copied, which is before the next update, and written in the background."""
+        """Have the state of this moment copied, and written in the background."""
         if self._saving and not self._saving.done():
             self.display.warn(
                 "the last checkpoint is still being written; the next one waits for it (checkpoint.every)"
             )
             await self._saving
+        place, start = self.config.checkpoint_place, time.monotonic()
+        # Awaited, because an actor may begin calls in another order than they were made.
+        await self._on_ranks("a copy of the state", lambda r: r.snapshot.remote())
         # Restarts first: what a later attempt wrote is newer than all of an earlier one, also after a roll-back.
         name = f"r{self.start.restart:04d}-batch-{self.ledger.batch:06d}"
-        place, start = self.config.checkpoint_place, time.monotonic()
         refs = {draw: s.ref for draw, s in self.settled.items()}
-        # Asked for now: on each rank, calls take their turn in this order.
         parts = [r.checkpoint.remote(place, name, {} if i else refs) for i, r in enumerate(self.ranks)]
         save = self._save(name, self._state(), parts, set(self._evaluating), start)
         self._saving = self._tasks.create_task(save)

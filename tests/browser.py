@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,13 @@ from playwright.sync_api import Page, sync_playwright
 def opened(
     place: Path | str, *, width: int = 1280, height: int = 900, forgiven: str | None = None, **context: Any
 ) -> Iterator[Page]:
-    """The page of a file without a network, or of a URL; leaving fails if it logged an error, but for messages that have
+    """The page of a file without a network, or of a URL; leaving fails if it logged an error, but for messages with
     ``forgiven`` in them, or asked for anything but itself and what lies below it.
 
     Skips the test where Chromium is not installed, unless CI is set.
     """
     url = place.as_uri() if isinstance(place, Path) else place
-    own = url.partition("?")[0]
+    own = re.split("[?#]", url)[0]
     chromium = shutil.which("chromium")
     if chromium is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium: apt-get install chromium")

@@ -94,15 +94,6 @@ def test_a_metric_nobody_described_is_refused(tmp_path):
         log.write({"update": 1, "reward/vibes": 1.0})
 
 
-def test_weights_and_biases_offline_writes_a_run_without_a_network(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    with RunLog(tmp_path, wandb_mode="offline", config={"seed": 1}) as log:
-        log.write({"update": 1, "reward/mean": 0.5})
-        log.evaluation({"accuracy": 0.7}, 1)
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert "wandb" not in capfd.readouterr().out
-
-
 def test_probes_read_to_their_end_are_kept_with_what_their_answer_was_worth():
     read = facts(
         probe_confidences=(0.123456, NAN, 0.99, NAN),

@@ -109,15 +109,35 @@ def held_out_prompts(number: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def twins(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """The same strictly on-policy run, twice: side by side, and with engine and learner taking turns."""
+    """The same strictly on-policy run, twice; the second time with engine and learner taking turns, and beside somebody
+    who fills the object store."""
     directory = tmp_path_factory.mktemp("twins")
     settings = ["train.num_batches=3", "train.max_staleness=0", "train.refill=true", "eval.every=1"]
     first = train(directory, "first", *settings)
-    return first, train(directory, "second", *settings, "cluster.colocate=true")
+    with full_store(cluster):
+        return first, train(directory, "second", *settings, "cluster.colocate=true")
+
+
+@contextmanager
+def full_store(cluster: str) -> Iterator[None]:
+    """Another job of the cluster keeps more than its object store holds."""
+    fill = "import numpy, ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR')\n"
+    fill += "kept = [ray.put(numpy.ones(20 << 20, 'uint8')) for _ in range(12)]; print('full', flush=True); input()"
+    command = [sys.executable, "-c", fill, cluster]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "full\n"
+        yield
+
+
+def test_a_full_object_store_slows_a_run_and_is_told(twins: tuple[Run, Run]) -> None:
+    assert "an object store is full and writes to disk" in twins[1].screen
+    assert all(x["store/spilled"] >= 90 << 20 for x in twins[1].lines("metrics") if "store/spilled" in x)
+    assert "an object store is full" not in twins[0].screen
 
 
 def without_the_clock(lines: list[Json]) -> list[Json]:
-    timed = ("time/", "rate/", "discarded/", "seconds")
+    timed = ("time/", "rate/", "discarded/", "seconds", "store/")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
 

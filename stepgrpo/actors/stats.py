@@ -1,7 +1,7 @@
 """How busy an engine is, as Ray metrics under the names that vLLM itself gives them.
 
-vLLM's own logger for Ray needs all of Ray Serve, and keeps histograms of every single token: 6 % of an engine's CPU time,
-and more in the node's metrics agent.
+vLLM's own logger for Ray needs all of Ray Serve, and keeps histograms of every single token: 6 % of an engine's CPU
+time, and more in the node's metrics agent.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ const LOSSES = /died|failed|lost|drained|hung/;
 
 const at = id => document.getElementById(id);
 const pick = () => null;  // the header has it
-const view = {page: 'overview', run: null, names: [], compared: new Set(), tags: new Map(), answered: null, built: false};
+const view = {page: 'overview', run: null, names: null, compared: new Set(), tags: new Map(), answered: null, built: false};
 const texts = new Map();
 
 // ---- what is asked
@@ -47,6 +47,7 @@ async function lookAtPage() {
   if (!picked()) return;
   if (view.page === 'timeline') await timeline.refresh();
   if (view.page === 'throughput') await activity();
+  if (view.page === 'trajectories' && !at('viewer').children.length) viewer(at('viewer'));
 }
 
 function trouble(error) {
@@ -64,15 +65,15 @@ function trouble(error) {
 
 const wanted = () => view.run === null ? [] : [view.run, ...[...view.compared].filter(name => name !== view.run)];
 
-async function choose({runs: names, demo, metrics: known}) {
+async function choose({runs: names, newest: last, demo, metrics: known}) {
   metrics = known;
   at('demo').hidden = !demo;
-  if (String(names) === String(view.names)) return;
+  if (JSON.stringify(names) === JSON.stringify(view.names)) return;
   view.names = names;
-  at('run').replaceChildren(...[...names].sort().map(name => el('option', {}, name)));
+  at('run').replaceChildren(...names.map(name => el('option', {}, name)));
   at('run').closest('label').hidden = names.length < 2;
   view.compared = new Set([...view.compared].filter(name => names.includes(name)));
-  if (!names.includes(view.run)) await turnTo(names.includes(address().get('run')) ? address().get('run') : names[0] ?? null);
+  if (!names.includes(view.run)) await turnTo(names.includes(begun.get('run')) ? begun.get('run') : last);
   at('run').value = view.run ?? '';
   at('nothing').hidden = names.length > 0;
   at('nothing').textContent = 'No run lies there yet; this page shows it as soon as one begins.';
@@ -131,7 +132,6 @@ function build() {
   time(at('time'));
   exits(at('probes'));
   distributions(at('steps'));
-  viewer(at('viewer'));
   curves(at('overlaid'));
   turnPage(view.page);
 }
@@ -264,7 +264,7 @@ async function activity() {
 // ---- several runs
 
 function chooser() {
-  at('chosen').replaceChildren(...[...view.names].sort().map(name => {
+  at('chosen').replaceChildren(...view.names.map(name => {
     const box = el('input', {type: 'checkbox', checked: wanted().includes(name), disabled: name === view.run});
     box.addEventListener('change', async () => {
       view.compared[box.checked ? 'add' : 'delete'](name);
@@ -306,7 +306,7 @@ function differences() {
 
 // ---- pages
 
-const address = () => new URLSearchParams(location.hash.slice(1));
+const begun = new URLSearchParams(location.hash.slice(1));  // the address the page was opened with
 const tabs = [...document.querySelectorAll('[role=tab]')];
 
 function remember() {
@@ -356,5 +356,5 @@ const clock = seconds => {
   return s < 100 ? `${s} s` : s < 3600 ? `${Math.floor(s / 60)}:${two(s % 60)}` : `${Math.floor(s / 3600)}:${two(Math.floor(s % 3600 / 60))}:${two(s % 60)}`;
 };
 
-turnPage(tabs.some(t => t.dataset.page === address().get('page')) ? address().get('page') : 'overview');
+turnPage(tabs.some(t => t.dataset.page === begun.get('page')) ? begun.get('page') : 'overview');
 look();

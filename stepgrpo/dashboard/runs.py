@@ -8,7 +8,9 @@ import re
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from fsspec import AbstractFileSystem
@@ -264,22 +266,22 @@ class Runs:
             return self._runs
 
     def _scan(self) -> None:
-        found: list[tuple[float, AbstractFileSystem, str]] = []
+        found: dict[str, tuple[float, AbstractFileSystem]] = {}
         for fs, root in self._places:
-            children = fs.ls(root, detail=True)
-            inner = [c["name"].rstrip("/") for c in children if c["type"] == "directory"]
-            for directory in [root] if _is_run(children) else inner:
-                listing = children if directory == root else fs.ls(directory, detail=True)
-                if _is_run(listing):
-                    found.append((max(map(_written, listing)), fs, directory))
-        found.sort(key=lambda f: -f[0])
-        names = [name_of(directory) for _, _, directory in found]
+            with suppress(OSError):  # it is away for now: other places are not
+                children = fs.ls(root, detail=True)
+                inner = [c["name"].rstrip("/") for c in children if c["type"] == "directory"]
+                for directory in [root] if _is_run(children) else inner:
+                    listing = children if directory == root else fs.ls(directory, detail=True)
+                    if _is_run(listing):
+                        found[directory] = max(map(_written, listing)), fs
+        names = Counter(map(name_of, found))
         known = {run.root: run for run in self._runs.values()}
         self._runs = {}
-        for (_, fs, directory), name in zip(found, names, strict=True):
-            unique = name if names.count(name) == 1 else directory
-            run = known.get(directory) or Run(fs, directory, unique)
-            self._runs[unique] = run
+        for directory, (_, fs) in sorted(found.items(), key=lambda item: -item[1][0]):
+            name = name_of(directory) if names[name_of(directory)] == 1 else directory
+            run = self._runs[name] = known.get(directory) or Run(fs, directory, name)
+            run.name = name
 
 
 def _is_run(listing: Sequence[dict[str, Any]]) -> bool:

@@ -67,7 +67,8 @@ def application(runs: Runs, *, token: str | None, port: int, demo: bool = False)
         return _json(value) if value.get("more") else _json(value, ETag=tag)
 
     def list_runs(request: Request) -> Response:
-        return _json({"runs": list(runs.all()), "demo": demo, "metrics": METRICS})
+        names = list(runs.all())
+        return _json({"runs": sorted(names), "newest": names[0] if names else None, "demo": demo, "metrics": METRICS})
 
     def state(request: Request) -> Response:
         return unless_same(request, lambda wanted, query: wanted.state(query.get("since", "")))

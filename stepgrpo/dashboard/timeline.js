@@ -68,7 +68,7 @@ function lanes(root, fetchWindow, fetchSpan) {
       asked++;
     }
     if (answer.more) asked++;
-    span.textContent = [`${number(answer.spans, 0)} spans`, answer.more ? `reading, ${number(100 * answer.read, 0)} %` : ''].filter(Boolean).join(' · ');
+    span.textContent = [`${number(answer.spans, 0)} spans in ${duration(answer.to - answer.from)}`, answer.more ? `reading, ${number(100 * answer.read, 0)} %` : ''].filter(Boolean).join(' · ');
     paint();
   }
 

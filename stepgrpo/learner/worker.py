@@ -76,6 +76,7 @@ class LearnerWorker:
         self._fetched: dict[int, Group] = {}
         self._turn = asyncio.Lock()  # first come, first served: calls reach the thread in the order they were made
         self._engine: LearnerEngine
+        self._copy: Any = None
 
     async def address(self) -> tuple[str, int]:
         """(host, free port) where this rank can be reached; asked of rank 0."""
@@ -260,10 +261,13 @@ class LearnerWorker:
         """Write the policy as a Hugging Face directory; a collective, rank 0 writes."""
         await self._run(self._engine.save_pretrained, directory)
 
-    async def checkpoint(self, place: str, name: str, groups: Mapping[int, Awaitable[Group]]) -> list[FileEntry]:
-        """Put this rank's files into a checkpoint; it is the driver who commits it.
+    async def snapshot(self) -> None:
+        """Copy the training state for the ``checkpoint`` that follows; only this keeps the learner."""
+        with self._spans.span("snapshot"):
+            self._copy = await self._run(self._engine.snapshot)
 
-        The state is that of the moment when this call's turn comes. Only its copy keeps the learner, not the writing.
+    async def checkpoint(self, place: str, name: str, groups: Mapping[int, Awaitable[Group]]) -> list[FileEntry]:
+        """Put this rank's files, with the state of the last ``snapshot``, into a checkpoint; the driver commits it.
 
         Args:
             groups: draw -> reference, for the groups that are finished but not yet trained on: rank 0 writes them, the
@@ -273,8 +277,7 @@ class LearnerWorker:
             OSError: as ``checkpoint.put`` does, on a full disk for example.
         """
         with self._spans.span("checkpoint", checkpoint=name):
-            with self._spans.span("snapshot"):
-                tensors, metadata = await self._run(self._engine.snapshot)
+            (tensors, metadata), self._copy = self._copy, None
             own = state.file_name(self._rank, self._world_size)
             entries = [await asyncio.to_thread(put, place, name, own, state.serialized(tensors, metadata))]
             if self._rank == 0:

@@ -302,6 +302,7 @@ async def test_a_worker_goes_on_from_its_checkpoint(model_dirs: dict[bool, str],
     plan, refs = plan_of(await grade(worker, groups)), {g.draw: ready(g) for g in groups}
     await worker.update(plan, refs)
     waiting = {d: ready(make_group(d)) for d in (5, 4)}
+    await worker.snapshot()
     entries = await worker.checkpoint(place, name, waiting)
     assert [e.name for e in entries] == ["learner-0-of-1.safetensors", "groups.safetensors"]
     checkpoint.commit(place, name, {}, entries)

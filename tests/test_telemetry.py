@@ -1,0 +1,201 @@
+"""What Prometheus sees of a run, and the Grafana dashboard over it: a real Prometheus scrapes a real run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+import ray
+import yaml
+
+from stepgrpo.metrics import METRICS
+from stepgrpo.telemetry import COUNTED, NOW, OF_WORKERS, Telemetry, metric
+from tests.test_recovery import command, variables
+from tests.test_run import ENDLESS
+
+ROOT = Path(__file__).parents[1]
+GRAFANA = ROOT / "cluster" / "grafana"
+DASHBOARD = json.loads((GRAFANA / "stepgrpo.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+NOT_HERE = {"GPU use", "GPU memory"}
+"""Panels of what this machine does not have."""
+SECONDS_TO_START = 300.0
+
+
+def waited(look: Callable[[], Any], seconds: float, process: subprocess.Popen[bytes] | None = None) -> Any:
+    """The first answer that is true; while a process lives."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, "it did not come"
+        assert process is None or process.poll() is None, "its process has ended"
+        time.sleep(0.2)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Prometheus:
+    def __init__(self, port: int, run: str) -> None:
+        self._url, self._run = f"http://127.0.0.1:{port}/api/v1", run
+
+    def ask(self, what: str, **parameters: Any) -> Any:
+        try:
+            with urlopen(f"{self._url}/{what}?{urlencode(parameters)}", timeout=10) as answer:
+                return json.load(answer)["data"]
+        except URLError as e:
+            assert not hasattr(e, "code"), e.read()  # it answers, but does not like the question
+            return None
+
+    def values(self, expression: str) -> list[float]:
+        """All finite values that a panel's query has had in the last five minutes."""
+        asked = expression.replace("$__rate_interval", "40s").replace("$run", self._run)
+        now = time.time()
+        series = (self.ask("query_range", query=asked, start=now - 300, end=now, step=2) or {}).get("result", [])
+        return [v for s in series for _, text in s["values"] if math.isfinite(v := float(text))]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Prometheus, with the configuration that is shipped, over a run in which all has happened that panels show."""
+    if not shutil.which("prometheus"):
+        reason = "no prometheus: Debian has a package of this name"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    directory, temp_dir = tmp_path_factory.mktemp("watched"), tempfile.mkdtemp(prefix="r", dir="/tmp")
+    shipped = (ROOT / "cluster" / "prometheus" / "prometheus.yml").read_text()
+    config = yaml.safe_load(shipped.replace("/tmp/ray", temp_dir).replace("10s", "2s"))
+    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    port = free_port()
+    settings = [*ENDLESS, f"cluster.temp_dir={temp_dir}", f"cluster.dashboard_port={free_port()}"]
+    settings += ["cluster.object_store_mb=150", "eval.every=5", "checkpoint.every=5", "rollout.control_fraction=0.5"]
+    scraper = [
+        "prometheus",
+        f"--config.file={directory / 'prometheus.yml'}",
+        f"--storage.tsdb.path={directory / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--log.level=error",
+    ]
+    prometheus = Prometheus(port, "watched")
+    queries = [t["expr"] for p in PANELS if p["title"] not in NOT_HERE for t in p["targets"]]
+
+    def all_answered() -> bool:
+        queries[:] = [q for q in queries if not prometheus.values(q)]
+        return not queries
+
+    with (
+        subprocess.Popen(command(directory, "watched", settings), env=variables(), stdout=subprocess.DEVNULL) as run,
+        subprocess.Popen(scraper) as server,
+    ):
+        try:
+            waited((directory / "watched" / "metrics.jsonl").exists, SECONDS_TO_START, run)
+            try:
+                waited(all_answered, 90, run)
+            except AssertionError as e:
+                e.add_note(f"without an answer: {queries}")
+                raise
+            yield prometheus
+        finally:
+            run.send_signal(signal.SIGINT)
+            run.wait(60)
+            server.terminate()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda p: p["title"])
+def test_a_panel_has_data_of_a_run(watched: Prometheus, panel: dict[str, Any]) -> None:
+    for target in panel["targets"]:
+        assert bool(watched.values(target["expr"])) == (panel["title"] not in NOT_HERE), target["expr"]
+
+
+def test_throughput_is_counted(watched: Prometheus) -> None:
+    tokens, trajectories = (
+        max(watched.values(f'ray_stepgrpo_worker_{what}_total{{run="$run", worker="0"}}'))
+        for what in ("tokens", "trajectories")
+    )
+    assert trajectories > 0 and trajectories % 4 == 0, "whole groups"
+    assert 1 < tokens / trajectories < 180
+    assert max(watched.values('ray_vllm_generation_tokens_total{run="$run"}')) > tokens, "probes are decoded too"
+
+
+def test_every_metric_of_an_update_is_a_gauge(watched: Prometheus) -> None:
+    names = set(watched.ask("label/__name__/values"))
+    never = {"closing/logprob_rewarded", "closing/logprob_punished", "closing/logprob"}  # where nothing was cut
+    assert {f"ray_{metric(name)}" for name in METRICS.keys() - never} <= names
+
+
+def test_the_dashboard_can_choose_the_run(watched: Prometheus) -> None:
+    (variable,) = (v for v in DASHBOARD["templating"]["list"] if v["name"] == "run")
+    series, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()
+    assert watched.ask(f"label/{label}/values", **{"match[]": series}) == ["watched"]
+
+
+def test_a_worker_that_left_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within three reports of Ray's, of which there is one every second here."""
+    directory = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    context = ray.init(
+        num_cpus=1,
+        _temp_dir=directory,
+        include_dashboard=False,
+        object_store_memory=80 << 20,
+        log_to_driver=False,
+        _system_config={"metrics_report_interval_ms": 1000},
+    )
+    try:
+        node = next(n for n in ray.nodes() if n["NodeID"] == context["node_id"])
+        address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        telemetry, up = Telemetry("left"), [0, 1]
+
+        def shown() -> set[str]:
+            """Workers whose version is exported, while those that are up are told of."""
+            telemetry.tell({"workers/up": len(up)}, {w: {"worker/version": 3} for w in up})
+            try:
+                with urlopen(address, timeout=10) as answer:
+                    exported = answer.read().decode()
+            except URLError:
+                return set()
+            lines = [line for line in exported.splitlines() if line.startswith("ray_stepgrpo_worker_version{")]
+            return {worker for line in lines for worker in re.findall(r'worker="(\d)"', line)}
+
+        waited(lambda: shown() == {"0", "1"}, 60)
+        up.remove(0)
+        waited(lambda: shown() == {"1"}, 60)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_no_two_metrics_have_one_name() -> None:
+    names = [*METRICS, *NOW, *OF_WORKERS, *COUNTED]
+    assert len({metric(name) for name in names}) == len(names)
+
+
+def test_the_committed_dashboard_is_the_generated_one() -> None:
+    generated = runpy.run_path(str(GRAFANA / "make_dashboard.py"))["dashboard"]()
+    assert (GRAFANA / "stepgrpo.json").read_text() == generated, "run `python cluster/grafana/make_dashboard.py`"
+
+
+def test_every_metric_besides_those_of_an_update_is_documented() -> None:
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    names = [metric(n) for n in (*NOW, *OF_WORKERS)] + [f"{metric(n)}_total" for n in COUNTED]
+    assert [name for name in names if f"`ray_{name}`" not in page] == []
+    assert [p["title"] for p in PANELS if f"**{p['title']}**" not in page] == []
