@@ -9,7 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,16 @@ def alone(directory: Path, what: str) -> Iterator[None]:
         finally:
             if is_free(directory):
                 (directory / _LOCK).unlink(missing_ok=True)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether somebody is ``alone`` there."""
+    with suppress(FileNotFoundError), (directory / _LOCK).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _free_name(directory: Path) -> str:

@@ -69,9 +69,8 @@ class Job:
         words += ["--runtime-env-json", json.dumps({**self.runtime_env, "env_vars": shown}), "--"]
         line = f"{ADDRESS}={shlex.quote(address)} {shlex.join(words)} {self.entrypoint}"
         for name in self.secrets:
-            line = line.replace(
-                f"\\u0000{name}\\u0000", f"'\"${name}\"'"
-            )  # ends the single quotes, and begins new ones
+            # Ends the single quotes of the JSON, and begins them anew.
+            line = line.replace(f"\\u0000{name}\\u0000", f"'\"${name}\"'")
         return line
 
 
@@ -102,14 +101,14 @@ def prepare(
     _quiet_ray()
     environment, secrets = _environment(env, runtime_env)
     sent = upload(environment["excludes"], limit)
-    words = ["python", "-m", "stepgrpo", "train", *_relative(config, overrides)]
-    for name, given, file in _local_files(settings, words[4:]):
+    arguments = _relative(config, overrides)
+    for name, given, file in _local_files(settings, arguments):
         if Path(os.path.abspath(file)) not in sent:
             raise ConfigError(
                 f"{name}: got {given}, but {file} would not be sent; takes files in the current directory that no "
                 f".gitignore and .rayignore and not {', '.join(EXCLUDES)} leaves out, or an absolute path on all nodes"
             )
-    words += [f"--resume={resume}"] if resume else []
+    words = ["python", "-m", "stepgrpo", "train", *arguments, *([f"--resume={resume}"] if resume else [])]
     return Job(shlex.join(words), environment, secrets, submission_id, sent)
 
 

@@ -29,7 +29,7 @@ Trained = Mapping[tuple[int, int], Sequence[int]]
 
 MANY = ("generate", "probe", "grade", "evaluate")
 """Of these an actor has several under way at a time."""
-PARENTS = {"wait": "batch", "reference": "update", "old": "update", "optimize": "update", "snapshot": "checkpoint"}
+PARENTS = {"wait": "batch", "reference": "update", "old": "update", "optimize": "update"}
 """Part -> what it is a part of."""
 BESIDE = ("batch", "wait", "grade", "checkpoint")
 """No work of the actor's own: the driver waits, and others grade and write beside the learner."""

@@ -5,7 +5,6 @@ Each look reads the ends of the files anew: they grow, and are replaced where a 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections import defaultdict
@@ -15,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepgrpo import rundir
 from stepgrpo.config import Config, ConfigError, brief, validate
 from stepgrpo.console import Display, clock, progress_line
+from stepgrpo.placement import shown
 from stepgrpo.trace import Span, natural, spent, title
 
 if TYPE_CHECKING:
@@ -89,12 +90,12 @@ def _begun(directory: Path, display: Display) -> Config:
     if not settings.is_file():
         with display.phase("begin", f"waiting for a run to begin in {directory}") as phase:
             while not settings.is_file():
-                if time.monotonic() - since > BEGIN_SECONDS and not _held(directory):
+                if time.monotonic() - since > BEGIN_SECONDS and not rundir.is_held(directory):
                     raise ConfigError(
                         f"{directory}: holds no run, and none began within {BEGIN_SECONDS:g} s; takes a run's "
                         "directory, such as runs/quickstart, or the id of a Ray job"
                     )
-                phase.show("somebody prepares one" if _held(directory) else "it has no config.json yet")
+                phase.show("somebody prepares one" if rundir.is_held(directory) else "it has no config.json yet")
                 time.sleep(LOOK_SECONDS)
     try:
         return validate(Config, json.loads(settings.read_text()))
@@ -110,7 +111,7 @@ def _ended(directory: Path, config: Config) -> dict[str, Any] | None:
     # A failed run may be started again.
     final = summary and (summary["status"] != "failed" or not config.train.max_restarts)
     # Whoever asks for the lock has it for a moment: not while a supervisor may be about to need it.
-    ended = (final or _silent_seconds(directory) > DEAD_SECONDS) and not _held(directory)
+    ended = (final or _silent_seconds(directory) > DEAD_SECONDS) and not rundir.is_held(directory)
     return summary if ended else None
 
 
@@ -138,16 +139,6 @@ def _silent_seconds(directory: Path) -> float:
         with suppress(FileNotFoundError):  # files are replaced
             changed.append(path.stat().st_mtime)
     return time.time() - max(changed)
-
-
-def _held(directory: Path) -> bool:
-    """Whether somebody has the lock of ``rundir.alone``."""
-    with suppress(FileNotFoundError), (directory / ".lock").open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
@@ -254,5 +245,7 @@ def _gone(events: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _told(event: Mapping[str, Any]) -> str:
+    if event["kind"] == "placement":
+        event = {**event, "nodes": "; ".join(f"{node[:4]}: {shown(names)}" for node, names in event["nodes"].items())}
     details = [f"{k} {v}" for k, v in event.items() if k not in ("time", "kind") and v not in (None, [], "")]
     return f"{time.strftime('%H:%M:%S', time.localtime(event['time']))}  {event['kind']}  {', '.join(details)}"

@@ -99,9 +99,7 @@ def test_faults_of_a_config_are_all_found_at_once_in_the_order_of_the_checks(clu
         patch.delenv("WANDB_API_KEY", raising=False)
         patch.setenv("NETRC", str(tmp_path / "none"))
         wrong = [f"model.path={model}", "train.wandb=online", f"data.train={data}", "learner.num_ranks=4"]
-        config = settings(tmp_path, *wrong, "checkpoint.place=nosuch://store").model_copy(
-            update={"runs_dir": str(file / "runs")}
-        )
+        config = settings(tmp_path, *wrong, "checkpoint.place=nosuch://store", f"runs_dir={file / 'runs'}")
         faults = found(examine(config, quick=True))
     place = "checkpoint.place: nosuch://store/x cannot be written (ConfigError: checkpoint.place: got nosuch://store/x"
     for (check, what), expected in zip(
@@ -110,10 +108,7 @@ def test_faults_of_a_config_are_all_found_at_once_in_the_order_of_the_checks(clu
             ("disks", f"{file / 'runs' / 'x'}: cannot be written (Not a directory)"),
             ("disks", place),
             ("model", "model.think_close: the tokenizer cannot encode '</think>'"),
-            (
-                "resources",
-                "CPUs: the config asks for 5 (",
-            ),
+            ("resources", "CPUs: the config asks for 5 ("),
             ("data", "data.jsonl:1: no field 'problem'"),
             ("wandb", "train.wandb: online, without a key"),
         ],

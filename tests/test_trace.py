@@ -163,12 +163,12 @@ def test_a_batch_becomes_lanes_of_slices_and_arrows_from_its_groups_to_the_weigh
 
 
 def test_a_checkpoint_that_is_written_beside_updates_has_a_lane_of_its_own(tmp_path: Path) -> None:
-    beside = [span(RANK, "checkpoint", 4, 5, checkpoint="r0000-batch-000000"), span(RANK, "snapshot", 4, 0.5)]
-    events = written(run_of(tmp_path, [*ONE_BATCH, *beside], b0=[0, 1]))["traceEvents"]
+    beside = span(RANK, "checkpoint", 4, 5, checkpoint="r0000-batch-000000")
+    events = written(run_of(tmp_path, [*ONE_BATCH, beside], b0=[0, 1]))["traceEvents"]
     on = defaultdict(list)
     for lane, name, *_ in places(events):
         on[lane].append(name)
-    assert on[RANK] == ["checkpoint", "snapshot"]
+    assert on[RANK] == ["checkpoint"]
     assert on[f"{RANK} 2"] == ["update 0", "reference", "optimize", "publish 1"]
 
 

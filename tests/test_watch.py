@@ -24,7 +24,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from stepgrpo import console, watch
+from stepgrpo import console, rundir, watch
 from stepgrpo.cli import app
 from stepgrpo.config import Config, ConfigError, load
 from stepgrpo.console import Display
@@ -288,7 +288,7 @@ def test_ctrl_c_leaves_the_run_alone_and_says_so(tmp_path: Path) -> None:
         terminal.press(b"\x03")
         assert terminal.end() == 130
         assert "The run is left alone." in terminal.text
-        assert watch._held(directory)
+        assert rundir.is_held(directory)
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ async function look() {
   try {
     await choose(await ask('runs'));
     for (const name of wanted()) await follow(name);
+    if (picked() && standing(picked()) !== view.standing) present();
     await lookAtPage();
     view.answered = Date.now();
     at('offline').hidden = true;
@@ -95,9 +96,9 @@ async function turnTo(name) {
 
 /** Take what is new of a run. */
 async function follow(name) {
-  const known = runs.find(r => r.name === name);
-  const answer = await ask('run', {run: name, since: known?.mark ?? ''}, Boolean(known));
-  if (!answer) return;
+  const now = () => runs.find(r => r.name === name), known = now(), since = known?.mark ?? '';
+  const answer = await ask('run', {run: name, since}, Boolean(known));
+  if (!answer || (now()?.mark ?? '') !== since) return;  // nothing new, or another answer came first
   const {first, last, curves: more, ...rest} = answer, curves = first ? known.curves : {};
   for (const metric of new Set([...Object.keys(curves), ...Object.keys(more ?? {})])) {
     curves[metric] ??= Array(first).fill(null);
@@ -105,7 +106,7 @@ async function follow(name) {
   }
   const run = known ?? {};
   if (!known) runs.push(run);
-  Object.assign(run, rest, {curves});
+  Object.assign(run, rest, {curves, skew: rest.status.now - Date.now() / 1000});
   run.calibration ??= {bins: [], delta: null};
   run.exit_cost ??= {windows: [], total: null};
   for (const list of ['evaluations', 'warnings', 'false_exits', 'samples']) run[list] ??= [];
@@ -155,14 +156,16 @@ const percent = (x, digits = 1) => x === null ? '–' : `${number(100 * x, digit
 const figureOr = (x, digits) => x === null ? '–' : number(x, digits);
 
 const SAID = {
-  silent: run => `Nothing was written for ${clock(run.status.now - run.status.written)}, and no process of this machine works on it: it is busy with something long, goes on elsewhere, or was killed. The command that began it goes on with --resume.`,
+  silent: run => `Nothing was written for ${clock(silence(run))}, and no process of this machine works on it: it is busy with something long, goes on elsewhere, or was killed. The command that began it goes on with --resume.`,
   interrupted: () => 'It was interrupted. The command that began it goes on with --resume.',
   failed: run => run.status.reason || 'There is no error.txt.',
 };
 
+const silence = run => Date.now() / 1000 + run.skew - run.status.written;
+const standing = run => run.status.word !== 'unknown' ? run.status.word : silence(run) < SILENT ? 'running' : 'silent';
+
 function overview(run) {
-  const {status, config, summary} = run;
-  const word = status.word !== 'unknown' ? status.word : status.now - status.written < SILENT ? 'running' : 'silent';
+  const {status, config, summary} = run, word = view.standing = standing(run);
   const live = word === 'running', perBatch = Math.ceil((config.train?.prompts_per_batch ?? 1) / (config.train?.prompts_per_update ?? 1));
   const batches = config.train?.num_batches ?? null, done = (newest(run, 'batch') ?? -1) + 1;
   const pace = (run.curves['time/batch'] ?? []).filter(v => v !== null).slice(-RECENT);
@@ -171,10 +174,10 @@ function overview(run) {
   at('status').replaceChildren(...[
     el('div', {class: 'status'}, el('span', {class: `badge ${word}`}, live ? '● live' : word), el('span', {}, [
       batches ? `batch ${number(done, 0)} of ${number(batches, 0)}` : '', status.started ? `begun ${new Date(status.started * 1000).toLocaleString()}` : '',
-      status.restarts ? `restarted ${status.restarts} times` : ''].filter(Boolean).join(' · '))),
+      status.restarts ? `restarted ${many(status.restarts, 'time')}` : ''].filter(Boolean).join(' · '))),
     SAID[word] ? el('p', {class: `reason ${word}`}, SAID[word](run)) : null,
     ...run.warnings.map(text => warning(text)),
-    run.faults.length ? warning(`${run.faults.length} things could not be read: see Logs and errors.`) : null,
+    run.faults.length ? warning(`What could not be read: ${many(run.faults.length, 'thing')}. See Logs and errors.`) : null,
     batches ? el('progress', {max: batches, value: done, 'aria-label': 'Batches done'}) : null].filter(Boolean));
   const measured = run.evaluations.at(-1), before = run.evaluations[0];
   const than = (key, digits, factor, unit) => measured && measured !== before ? `held out: ${number(factor * before[key].mean, digits)} → ${number(factor * measured[key].mean, digits)}${unit}` : measured ? `held out: ${number(factor * measured[key].mean, digits)}${unit}` : '';
@@ -204,17 +207,18 @@ function eventTable(run, most) {
       el('td', {}, Object.entries(rest).filter(([, v]) => v !== null && v !== '' && String(v) !== '').map(([k, v]) => `${k} ${k === 'bytes' ? size(v) : v}`).join(' · '))))));
 }
 
+const many = (n, word) => `${number(n, 0)} ${word}${n === 1 ? '' : 's'}`;
 const size = bytes => bytes < 1e6 ? `${number(bytes / 1e3, 0)} kB` : bytes < 1e9 ? `${number(bytes / 1e6, 1)} MB` : `${number(bytes / 1e9, 1)} GB`;
 
 const COUNTS = {
-  'reward/grader_failures': n => `${n} responses could not be graded and count as wrong.`,
-  'policy/skipped': n => `${n} updates were skipped: loss or gradient was not finite.`,
-  'reward/missing': n => `Batches were short of ${n} groups in all: reward.refill_limit was reached.`,
+  'reward/grader_failures': n => `Could not be graded, and count as wrong: ${many(n, 'response')}.`,
+  'policy/skipped': n => `Skipped, because loss or gradient was not finite: ${many(n, 'update')}.`,
+  'reward/missing': n => `Batches were short of ${many(n, 'group')} in all: train.refill_limit was reached.`,
 };
 const LATEST = {
-  'checkpoint/failed': n => `${n} checkpoints could not be written.`,
+  'checkpoint/failed': n => `Could not be written: ${many(n, 'checkpoint')}.`,
   'store/spilled': n => `${size(n)} went from object stores to disk, which is slow: raise cluster.object_store_mb.`,
-  'workers/deaths': n => `${n} rollout workers were lost; the events below say which and why.`,
+  'workers/deaths': n => `Lost: ${many(n, 'rollout worker')}. The events below say which and why.`,
 };
 
 function logs(run) {

@@ -142,7 +142,7 @@ class Run:
                 probes=kept["probes"],
                 samples=self._samples.value,
                 config=self._whole["config"].value,
-                summary=self._whole["summary"].value or _so_far(kept["evaluations"], status["word"]),
+                summary=_so_far(kept["evaluations"], status["word"]) | self._whole["summary"].value,
                 heldout=self._whole["heldout"].value,
             )
             generation, rows = self._records["metrics"].generation, kept["metrics"]
@@ -174,9 +174,9 @@ class Run:
             }
 
     def _status(self, kept: dict[str, Any], listing: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """How the run stands; without a summary, `running` where its lock is seen to be held, else `unknown`."""
+        """How the run stands: `running` where its lock is seen to be held, and without a summary else `unknown`."""
         summary = self._whole["summary"].value
-        word = summary.get("status") or ("running" if self._held() else "unknown")
+        word = "running" if self._held() else summary.get("status", "unknown")
         reason = ""
         if word == "failed":
             lines = text_of(self._fs, f"{self.root}/error.txt").strip().splitlines()
@@ -308,7 +308,7 @@ def _add_batch(batch_of: dict[int, int], _: int, line: dict[str, Any]) -> None:
 
 
 def _so_far(evaluations: Sequence[dict[str, Any]], word: str) -> dict[str, Any]:
-    """In the place of the summary that a run writes at its end."""
+    """What a run's summary will say, as far as it is known; one that failed does not say it."""
     first = evaluations[0] if evaluations else {}
     return {"status": word, **({"before": first} if first.get("version") == 0 else {})}
 

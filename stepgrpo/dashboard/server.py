@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
-import secrets
 from collections.abc import Callable
-from http.cookies import SimpleCookie
 from importlib import resources
 from typing import Any
 from urllib.parse import parse_qs
@@ -16,7 +14,7 @@ from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import Request
+from starlette.requests import Request, cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -146,13 +144,12 @@ class Gate:
             moved = RedirectResponse("/", 303)
             moved.set_cookie(self._cookie, offered, httponly=True, samesite="strict")
             return moved
-        kept = SimpleCookie(headers.get("cookie", "")).get(self._cookie)
-        if kept is not None and self._is_token(kept.value):
+        if self._is_token(cookie_parser(headers.get("cookie", "")).get(self._cookie, "")):
             return None
         return PlainTextResponse("A token is needed: open the URL that `stepgrpo dashboard` printed.", 401)
 
     def _is_token(self, offered: str) -> bool:
-        return hmac.compare_digest(offered.encode(), (self._token or secrets.token_urlsafe()).encode())
+        return self._token is not None and hmac.compare_digest(offered.encode(), self._token.encode())
 
 
 def _static(request: Request) -> Response:

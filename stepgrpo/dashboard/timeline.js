@@ -159,7 +159,7 @@ function lanes(root, fetchWindow, fetchSpan) {
     }
     g.save();
     g.beginPath(); g.rect(left, 0, right - left, height - AXIS); g.clip();
-    const b = answer.blocks, tones = new Map();
+    const b = answer.blocks, tones = new Map(), palette = Array.from({length: 7}, (_, i) => colour(i));
     for (let i = 0; i < b.lane.length; i++) {
       const row = rows[b.lane[i]], x0 = x(answer.from + b.start[i]), x1 = Math.max(x0 + 1, x(answer.from + b.start[i] + b.seconds[i]) - .5);
       if (!row || x1 < left || x0 > right) continue;
@@ -169,7 +169,7 @@ function lanes(root, fetchWindow, fetchSpan) {
       g.globalAlpha = Math.max(.25, b.busy[i]);
       g.fillRect(x0, row.y, x1 - x0, ROW - 1.5);
       // Begun under older weights: a line of their colour below.
-      if (shown.colour === 'version' && b.oldest[i] !== b.version[i] && b.oldest[i] >= 0) { g.fillStyle = colour(b.oldest[i] % 7); g.fillRect(x0, row.y + 5, x1 - x0, 2.5); }
+      if (shown.colour === 'version' && b.oldest[i] !== b.version[i] && b.oldest[i] >= 0) { g.fillStyle = palette[b.oldest[i] % 7]; g.fillRect(x0, row.y + 5, x1 - x0, 2.5); }
       if (b.at[i] === shown.chosen) { g.globalAlpha = 1; g.strokeStyle = ink; g.lineWidth = 1.5; g.strokeRect(x0 - 1, row.y - 1, x1 - x0 + 2, ROW); }
       boxes.push([x0, row.y, x1, row.y + ROW, i, row.track]);
     }
@@ -180,7 +180,7 @@ function lanes(root, fetchWindow, fetchSpan) {
   function legend() {
     const item = (c, text) => el('span', {}, el('i', {style: `background:${c}`}), text);
     if (shown.colour === 'name') return [];
-    if (shown.colour === 'stale') return [...[0, 1, 2, 3].map(n => item(tone({stale: n}), `${n} version${n === 1 ? '' : 's'} old at its update`)), item(tone({stale: 4}), '4 or more'), item(css('--c7'), 'no group, or not trained on yet')];
+    if (shown.colour === 'stale') return [...[0, 1, 2, 3].map(n => item(tone({stale: n}), `${many(n, 'version')} old at its update`)), item(tone({stale: 4}), '4 or more'), item(css('--c7'), 'no group, or not trained on yet')];
     const versions = [...new Set(shown.answer.blocks.version)].filter(v => v >= 0).sort((a, b) => a - b);
     return [...versions.slice(-7).map(v => item(tone({version: v}), `weights ${v}`)), item(css('--c7'), 'no weights of its own'), el('span', {}, versions.length > 7 ? 'Colours come again every 7 versions.' : '', ' A second colour below: begun under older weights.')];
   }
@@ -208,11 +208,11 @@ function lanes(root, fetchWindow, fetchSpan) {
       said.replaceChildren(el('b', {}, `${track.actor}: ${number(b.count[i], 0)} × ${track.name}`), ` from ${when}, within ${duration(b.seconds[i])}, under way in ${number(100 * b.busy[i], 0)} % of it. Zoom in to tell them apart.`);
       return;
     }
-    said.replaceChildren(el('b', {}, `${track.actor}: ${track.name}`), ` at ${when}, ${duration(b.seconds[i])}`);
-    const all = await fetchSpan(b.at[i]);
-    if (!all || shown.chosen !== b.at[i]) return;
+    const all = await fetchSpan(b.at[i]) ?? {};
+    if (shown.chosen !== b.at[i]) return;
     const rest = Object.entries(all).filter(([k]) => !['actor', 'name', 'start', 'seconds'].includes(k)).map(([k, v]) => `${k} ${typeof v === 'number' ? v.toLocaleString('en') : v}`);
-    said.append(` · ${rest.join(' · ')}`, b.stale[i] >= 0 ? ` · ${b.stale[i]} versions old at its update` : '');
+    if (b.stale[i] >= 0) rest.push(`${many(b.stale[i], 'version')} old at its update`);
+    said.replaceChildren(el('b', {}, `${track.actor}: ${track.name}`), [` at ${when}, ${duration(b.seconds[i])}`, ...rest].join(' · '));
   }
 
   const held = new Map();
