@@ -37,7 +37,10 @@ finally:
     return set(modules.split()), "\n".join(screen)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sft"], ["eval"], ["compare"], ["data"], ["report"], ["triggers"]])
+COMMANDS = "train sft eval compare data report triggers submit watch trace doctor dashboard".split()
+
+
+@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS)])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     modules, screen = modules_after(*command, "--help")
     assert "Usage:" in screen and not modules

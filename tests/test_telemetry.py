@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -35,7 +35,7 @@ DASHBOARD = json.loads((GRAFANA / "stepgrpo.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 NOT_HERE = {"GPU use", "GPU memory"}
 """Panels of what this machine does not have."""
-SECONDS_TO_START = 300.0
+PATIENCE = 300.0
 
 
 def waited(look: Callable[[], Any], seconds: float, process: subprocess.Popen[bytes] | None = None) -> Any:
@@ -62,9 +62,10 @@ class Prometheus:
         try:
             with urlopen(f"{self._url}/{what}?{urlencode(parameters)}", timeout=10) as answer:
                 return json.load(answer)["data"]
-        except URLError as e:
-            assert not hasattr(e, "code"), e.read()  # it answers, but does not like the question
-            return None
+        except HTTPError as e:
+            pytest.fail(f"{what} {parameters}: {e.read().decode()}")
+        except URLError:
+            return None  # it is not up yet
 
     def values(self, expression: str) -> list[float]:
         """All finite values that a panel's query has had in the last five minutes."""
@@ -106,16 +107,16 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
         subprocess.Popen(scraper) as server,
     ):
         try:
-            waited((directory / "watched" / "metrics.jsonl").exists, SECONDS_TO_START, run)
+            waited((directory / "watched" / "metrics.jsonl").exists, PATIENCE, run)
             try:
-                waited(all_answered, 90, run)
+                waited(all_answered, PATIENCE, run)
             except AssertionError as e:
                 e.add_note(f"without an answer: {queries}")
                 raise
             yield prometheus
         finally:
             run.send_signal(signal.SIGINT)
-            run.wait(60)
+            run.wait(PATIENCE)
             server.terminate()
     shutil.rmtree(temp_dir, ignore_errors=True)
 
@@ -176,9 +177,9 @@ def test_a_worker_that_left_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
             lines = [line for line in exported.splitlines() if line.startswith("ray_stepgrpo_worker_version{")]
             return {worker for line in lines for worker in re.findall(r'worker="(\d)"', line)}
 
-        waited(lambda: shown() == {"0", "1"}, 60)
+        waited(lambda: shown() == {"0", "1"}, PATIENCE)
         up.remove(0)
-        waited(lambda: shown() == {"1"}, 60)
+        waited(lambda: shown() == {"1"}, PATIENCE)
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
