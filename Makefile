@@ -16,8 +16,8 @@ venv: $(READY)  ## install everything into .venv (PYTHON=python3.12 for another 
 quickstart: $(READY)  ## train the miniature model on this machine (ARGS="train.num_batches=20" to override)
 	@$(BIN)/stepgrpo train configs/quickstart.yaml $(ARGS)
 
-test: $(READY)  ## the whole test suite (ARGS="-k steps" to choose)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## the whole test suite, two files at a time (ARGS="-k steps" to choose, ARGS="-n 0" one at a time)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## ruff, types, import contracts
 	@$(BIN)/ruff check .

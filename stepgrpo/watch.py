@@ -110,7 +110,6 @@ def _ended(directory: Path, config: Config) -> dict[str, Any] | None:
         summary = json.loads((directory / "summary.json").read_text())
     # A failed run may be started again.
     final = summary and (summary["status"] != "failed" or not config.train.max_restarts)
-    # Whoever asks for the lock has it for a moment: not while a supervisor may be about to need it.
     ended = (final or _silent_seconds(directory) > DEAD_SECONDS) and not rundir.is_held(directory)
     return summary if ended else None
 

@@ -37,7 +37,8 @@ finally:
     return set(modules.split()), "\n".join(screen)
 
 
-COMMANDS = "train sft eval compare data report triggers submit watch trace doctor dashboard".split()
+COMMANDS = ["train", "sft", "eval", "compare", "data", "report", "triggers"]
+COMMANDS += ["submit", "watch", "trace", "doctor", "dashboard"]
 
 
 @pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS)])

@@ -245,9 +245,14 @@ def test_a_directory_whose_first_run_begins_later_shows_it_then(run: Path, tmp_p
     (tmp_path / "empty").mkdir()
     with served(tmp_path / "empty") as url, opened(url) as page:
         expect(page.locator("#nothing")).to_contain_text("No run lies there yet")
+        (run / "spans.jsonl").rename(tmp_path / "spans")
         run.rename(tmp_path / "empty" / "first")
         expect(page.locator("h1")).to_have_text("first")
         expect(tile(page, "Updates")).to_contain_text("90")
+        turn_to(page, "timeline")
+        expect(page.locator(".detail")).to_contain_text("No spans.jsonl yet")
+        (tmp_path / "spans").rename(tmp_path / "empty" / "first" / "spans.jsonl")
+        expect(page.locator("canvas")).to_be_visible()
 
 
 def test_runs_are_compared_by_their_curves_and_by_the_settings_that_differ(run: Path) -> None:

@@ -134,7 +134,6 @@ def test_throughput_is_counted(watched: Prometheus) -> None:
     )
     assert trajectories > 0 and trajectories % 4 == 0, "whole groups"
     assert 1 < tokens / trajectories < 180
-    assert max(watched.values('ray_vllm_generation_tokens_total{run="$run"}')) > tokens, "probes are decoded too"
 
 
 def test_every_metric_of_an_update_is_a_gauge(watched: Prometheus) -> None:

@@ -24,8 +24,8 @@ async function ask(what, query = {}, tagged = false) {
 }
 
 function sample(run, i) {
-  const id = `${run.name} ${run.samples[i].at}`;
-  if (!texts.has(id)) texts.set(id, ask('sample', {run: run.name, index: i}));
+  const id = `${run.name} ${run.mark.split('.')[0]} ${run.samples[i].at}`;  // after a roll-back another one lies there
+  if (!texts.has(id)) texts.set(id, ask('sample', {run: run.name, index: i}).catch(error => { texts.delete(id); trouble(error); throw error; }));
   return texts.get(id);
 }
 
@@ -121,8 +121,9 @@ function onlyWanted() {
 
 // ---- what is shown
 
-const timeline = lanes(at('lanes'), query => ask('timeline', {run: view.run, ...query}, timeline.shown.answer !== null),
-  place => ask('span', {run: view.run, at: place}).catch(() => null));
+const orNull = error => { trouble(error); return null; };
+const timeline = lanes(at('lanes'), query => ask('timeline', {run: view.run, ...query}, timeline.shown.answer !== null).catch(orNull),
+  place => ask('span', {run: view.run, at: place}).catch(orNull));
 
 /** Once: what the parts draw follows the data by itself. */
 function build() {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import struct
 import threading
@@ -11,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fsspec import AbstractFileSystem
@@ -20,6 +20,7 @@ from stepgrpo.config import brief
 from stepgrpo.dashboard.files import Tail, Whole, line_at, name_of, opened, text_of
 from stepgrpo.dashboard.timeline import Timeline
 from stepgrpo.report import FIGURES, Records, curves
+from stepgrpo.rundir import is_held
 
 T = TypeVar("T")
 
@@ -192,17 +193,7 @@ class Run:
         }
 
     def _held(self) -> bool:
-        """Whether a process of this machine has the lock of `rundir.alone`. It is looked up with the kernel: who tries
-        the lock instead has it for a moment, in which the run could not begin."""
-        if not isinstance(self._fs, LocalFileSystem):
-            return False
-        try:
-            s = os.stat(f"{self.root}/.lock")
-            with open("/proc/locks", encoding="ascii") as locks:
-                place = f" {os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}:{s.st_ino} "
-                return any("FLOCK" in line and " WRITE " in line and place in line for line in locks)
-        except OSError:
-            return False
+        return isinstance(self._fs, LocalFileSystem) and is_held(Path(self.root))
 
     def sample(self, index: int) -> dict[str, Any] | None:
         """A sampled group with its texts; None where it is gone."""

@@ -1,6 +1,7 @@
 'use strict';
 
-/** Lanes of blocks on a canvas, a window of them at a time. `fetchWindow(query)`: an answer of /api/timeline, or null. */
+/** Lanes of blocks on a canvas, a window of them at a time. `fetchWindow(query)`: the promise of an answer of /api/timeline, or
+ * of null: nothing new. `fetchSpan(at)`: of all that is known of a span, or null. */
 function lanes(root, fetchWindow, fetchSpan) {
   const LABEL = 168, NARROW_LABEL = 92, ROW = 9, GAP = 5, HEAD = 22, AXIS = 26;
   const shown = {from: null, to: null, follow: true, colour: 'version', off: new Set(['probe', 'reference', 'old', 'optimize', 'snapshot']), answer: null, chosen: -1};
@@ -15,7 +16,7 @@ function lanes(root, fetchWindow, fetchSpan) {
   follow.addEventListener('change', () => { shown.follow = follow.checked; refresh(); });
   const colouring = el('select', {'aria-label': 'Colours'}, el('option', {value: 'version'}, 'weights’ version'), el('option', {value: 'stale'}, 'staleness'), el('option', {value: 'name'}, 'kind of work'));
   colouring.addEventListener('change', () => { shown.colour = colouring.value; paint(); });
-  const canvas = el('canvas', {tabindex: 0, role: 'application', 'aria-label': 'Timeline. Arrow keys move, plus and minus zoom, Home shows everything, End follows the newest. The table below has the same in figures.'});
+  const canvas = el('canvas', {tabindex: 0, role: 'application', 'aria-label': 'Timeline. Arrow keys move, plus and minus zoom, Home shows everything, End shows the newest minute. The page Throughput says in figures how busy each actor was.'});
   const chips = el('fieldset', {class: 'chips small', 'aria-label': 'Kinds of work shown'});
   const said = el('p', {class: 'detail', 'aria-live': 'polite'}, 'Point at a block, or tap it, for what it was.');
   const key = el('div', {class: 'key'}), span = el('span', {});
@@ -24,7 +25,7 @@ function lanes(root, fetchWindow, fetchSpan) {
       button('Everything', 'Show the whole run', everything), button('Last minute', 'Show the newest minute', () => last(60)), el('label', {}, follow, ' follow'), el('label', {}, 'Colours ', colouring), span),
     chips, el('div', {class: 'lanes'}, canvas), key, said);
 
-  const width = () => canvas.clientWidth, label = () => width() < 620 ? NARROW_LABEL : LABEL;
+  const width = () => Math.max(0, root.clientWidth - 2), label = () => width() < 620 ? NARROW_LABEL : LABEL;
   const seconds = () => shown.to - shown.from;
 
   async function refresh() {
@@ -60,7 +61,6 @@ function lanes(root, fetchWindow, fetchSpan) {
       asked++;  // without the kinds that are switched off
     }
     fillChips(answer.names);
-    if (whole) [shown.wholeFrom, shown.wholeTo] = [answer.from, answer.to];
     // Live, the window goes along with the end.
     if (!whole && shown.follow && end !== ended && ended !== undefined && shown.to >= ended - 1) {
       const length = seconds();
@@ -124,7 +124,7 @@ function lanes(root, fetchWindow, fetchSpan) {
   }
 
   const tone = (block, name) => {
-    if (shown.colour === 'name') return colour([...shown.answer.names].indexOf(name));
+    if (shown.colour === 'name') return colour(shown.answer.names.indexOf(name));
     const value = shown.colour === 'version' ? block.version : block.stale;
     return value < 0 ? css('--c7') : shown.colour === 'version' ? colour(value % 7) : css(['--c2', '--c0', '--c4', '--c1', '--c6'][Math.min(value, 4)]);
   };

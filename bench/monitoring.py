@@ -1,0 +1,184 @@
+"""What watching a run costs: training with everything on against training with nothing on.
+
+    python bench/monitoring.py [--repetitions 3] [--batches 40]
+
+    off   no dashboard of Ray's, nothing scraped, no Weights & Biases, nobody looks
+    on    Ray's dashboard; Prometheus scrapes every 10 s, where it is installed; Weights & Biases, offline;
+          `stepgrpo dashboard` serves, and a client asks it as an open page does, every two seconds
+
+Spans and figures for Ray's agents are always kept; what they take is timed by itself and given per batch. All runs are
+strictly on-policy with one seed, so batch n is the same work in each, token for token: the ratio is that of the same
+batches' seconds. Runs alternate: off on, on off, ... Here all that watches shares the cores of what is watched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from figures import machine, table
+
+from stepgrpo.rundir import read_json_lines
+from stepgrpo.spans import Spans
+
+ROOT = Path(__file__).parents[1]
+WARM_UP = 5
+"""Batches at the start that are not counted."""
+LOOK_SECONDS = 2.0
+RESAMPLES = 2000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    print(machine())
+    runs: dict[str, list[list[float]]] = {"off": [], "on": []}
+    spans_per_batch = 0.0
+    with tempfile.TemporaryDirectory(prefix="m", dir="/tmp") as directory:
+        for repetition in range(args.repetitions):
+            for kind in ("off", "on") if repetition % 2 == 0 else ("on", "off"):
+                run = Path(directory) / f"{kind}{repetition}"
+                with watched(run) if kind == "on" else ExitStack():
+                    train(run, args.batches, kind == "on")
+                seconds = [
+                    line["time/batch"] for line in read_json_lines(run / "metrics.jsonl") if "time/batch" in line
+                ]
+                runs[kind].append(seconds[WARM_UP:])
+                spans_per_batch = sum(1 for _ in read_json_lines(run / "spans.jsonl")) / args.batches
+                print(f"{kind}: {sum(seconds[WARM_UP:]):.1f} s for {args.batches - WARM_UP} batches", flush=True)
+    off, on = (np.array(runs[kind]) for kind in ("off", "on"))
+    ratios = on.sum(1) / off.sum(1)
+    low, high = interval(off, on)
+    span = span_seconds()
+    batch = float(np.median(off))
+    rows = [
+        ["on / off, seconds of the same batches", f"{on.sum() / off.sum():.3f}", f"[{low:.3f}, {high:.3f}]"],
+        ["each repetition", ", ".join(f"{r:.3f}" for r in ratios), ""],
+        ["seconds of a batch, off", f"{batch:.2f}", ""],
+        ["spans of a batch", f"{spans_per_batch:.0f}", ""],
+        ["to record them, share of a batch", f"{spans_per_batch * span / batch:.3%}", f"{span * 1e6:.1f} us each"],
+    ]
+    print(table(["", "", "95 % over batches"], rows))
+    if args.out:
+        record = {"machine": machine(), "ratios": ratios.tolist(), "interval": [low, high], "seconds": runs}
+        args.out.write_text(json.dumps(record | {"span_seconds": span, "spans_per_batch": spans_per_batch}) + "\n")
+
+
+def interval(off: np.ndarray, on: np.ndarray) -> tuple[float, float]:
+    """Bootstrap over batches, the same ones of both kinds."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(off.shape[1], size=(RESAMPLES, off.shape[1]))
+    low, high = np.percentile(on.sum(0)[drawn].sum(1) / off.sum(0)[drawn].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def span_seconds(number: int = 20_000) -> float:
+    """To record one span, and to make a line of JSON of it."""
+    takes = []
+    for _ in range(5):
+        spans = Spans()
+        start = time.perf_counter()
+        for i in range(number):
+            with spans.span("probe", draw=i, sample=1, step=2):
+                pass
+        for s in spans.fetch():
+            json.dumps({"actor": "rollout worker 0", "node": "0123abcd", "restart": 0, **s})
+        takes.append((time.perf_counter() - start) / number)
+    return median(takes)
+
+
+def train(run: Path, batches: int, is_watched: bool) -> None:
+    settings = [
+        f"name={run.name}",
+        f"runs_dir={run.parent}",
+        f"train.num_batches={batches}",
+        "train.max_staleness=0",
+        "data.eval=null",
+        "eval.every=0",
+        "checkpoint.every=0",
+        "learner.schedule=constant",
+    ]
+    if is_watched:
+        settings += [f"cluster.temp_dir={run}.r", f"cluster.dashboard_port={free_port()}", "train.wandb=offline"]
+    subprocess.run(
+        [sys.executable, "-m", "stepgrpo", "train", "configs/quickstart.yaml", *settings],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+@contextmanager
+def watched(run: Path) -> Iterator[None]:
+    """Whoever looks at a run, during the block."""
+    with ExitStack() as stack:
+        over = threading.Event()
+        port = free_port()
+        command = [sys.executable, "-m", "stepgrpo", "dashboard", run.parent, f"--port={port}"]
+        stack.enter_context(process(*command))
+        if shutil.which("prometheus"):
+            config = run.with_suffix(".yml")
+            shipped = ROOT / "cluster" / "prometheus" / "prometheus.yml"
+            config.write_text(shipped.read_text().replace("/tmp/ray", f"{run}.r"))
+            data = f"--storage.tsdb.path={run}.tsdb"
+            address = f"--web.listen-address=127.0.0.1:{free_port()}"
+            stack.enter_context(process("prometheus", f"--config.file={config}", data, address, "--log.level=error"))
+        else:
+            print("on: without Prometheus, which is not installed")
+        page = threading.Thread(target=look, args=(port, run.name, over))
+        page.start()
+        try:
+            yield
+        finally:
+            over.set()
+            page.join()
+
+
+def look(port: int, name: str, over: threading.Event) -> None:
+    """Ask as an open page does."""
+    tags: dict[str, str] = {}
+    while not over.wait(LOOK_SECONDS):
+        for what in ("runs", f"run?run={name}", f"timeline?run={name}&pixels=1200", f"activity?run={name}"):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/api/{what}")
+            if what in tags:
+                request.add_header("If-None-Match", tags[what])
+            with suppress(OSError), urllib.request.urlopen(request, timeout=20) as answer:
+                answer.read()
+                tags[what] = answer.headers.get("ETag", "")
+
+
+@contextmanager
+def process(*command: object) -> Iterator[None]:
+    with subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        try:
+            yield
+        finally:
+            running.terminate()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
