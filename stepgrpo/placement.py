@@ -52,7 +52,7 @@ def _share_of_gpu(config: RunConfig) -> float:
 def all_bundles(config: Config) -> list[Bundle]:
     if config.cluster.colocate:
         return shared_bundles(config)
-    return [*learner_bundles(config), *rollout_bundles(config)]
+    return [*rollout_bundles(config), *learner_bundles(config)]
 
 
 def plan(config: Config, nodes: Sequence[Mapping[str, float]]) -> list[list[str]] | None:

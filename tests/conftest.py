@@ -1,6 +1,8 @@
 """What all tests share."""
 
+import gc
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -8,6 +10,9 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from stepgrpo.launch import SCRATCH
+
+# What a script runs in its background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,6 +23,12 @@ def supervised() -> Iterator[None]:
         patch.setenv(SCRATCH, scratch)
         yield
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_handles_of_earlier_actors() -> None:
+    """Ray numbers actors anew in each session; a handle of an earlier one ends its namesake when it is collected."""
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

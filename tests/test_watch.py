@@ -111,7 +111,7 @@ def test_a_run_whose_driver_died_is_told_from_one_that_is_only_slow(tmp_path: Pa
     assert watch._ended(silent(directory), config) == {}
     status, screen = seen(directory)
     assert status == 1
-    words = "the run died: nothing was written for 1:00:0. and nobody works on it; go on with it by its command with"
+    words = "the run died: nothing was written for 1:0.:.. and nobody works on it; go on with it by its command with"
     assert re.search(rf"error: .*: {words} --resume\n$", screen)
 
 

@@ -231,7 +231,7 @@ def test_an_update_is_the_one_plain_pytorch_makes(model_dirs: dict[bool, str], t
     assert metrics["policy/loss_tokens"] == num_tokens(samples)
     trained = parameters(engine)
     for name, p in model.named_parameters():
-        np.testing.assert_allclose(floats(trained[name]), p.detach().numpy().ravel(), atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(floats(trained[name]), p.detach().numpy().ravel(), atol=5e-5, err_msg=name)
     engine.close()
 
 
