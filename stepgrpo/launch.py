@@ -56,8 +56,8 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A failed rollout's group is never fetched, for which Ray would print its traceback; the loop handles the error.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # Ray numbers actors anew in each session: a handle left over from an earlier one would, when it is collected, end the
-    # actor that has its number now.
+    # Ray numbers actors anew in each session: a handle left over from an earlier one would, when it is collected, end
+    # the actor that has its number now.
     gc.collect()
     private: str | None = None
     if address:

@@ -148,7 +148,7 @@ class Pool:
         self._death_on: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._begun = False
+        self._begun = self._asleep = False
         self._missing_since: float | None = None
         self._missing_because = ""
         self._join: Callable[[Seat], Awaitable[None]] | None = None
@@ -221,17 +221,20 @@ class Pool:
             await self.changed()
 
     @asynccontextmanager
-    async def held(self) -> AsyncIterator[list[Seat]]:
-        """The workers that are up, at least one, whose weights nobody changes during the block."""
+    async def held(self, least: int = 1) -> AsyncIterator[list[Seat]]:
+        """The workers that are up, ``least`` of them or more, whose weights nobody changes during the block."""
         held: list[Seat] = []
         try:
-            while not held:
+            while True:
                 for seat in list(self.seats):
-                    await seat.loading.acquire()
-                    held.append(seat)
-                if not held:
-                    await self.changed()
-            yield held
+                    if seat not in held:
+                        await seat.loading.acquire()
+                        held.append(seat)
+                up = [seat for seat in held if not seat.lost]
+                if len(up) >= least:
+                    break
+                await self.changed()
+            yield up
         finally:
             for seat in held:
                 seat.loading.release()
@@ -248,10 +251,15 @@ class Pool:
             except Exception as e:
                 self.lost(seat, one_line(e))
 
-        async with self._starting, self.held() as seats:
-            await launch.together(tell(s, lambda actor: actor.sleep) for s in seats)
-            yield
-            await launch.together(tell(s, lambda actor: actor.wake) for s in seats)
+        # None, where the only worker is lost: the next one cannot start before the block's end.
+        async with self._starting, self.held(least=0) as seats:
+            self._asleep = True
+            try:
+                await launch.together(tell(s, lambda actor: actor.sleep) for s in seats)
+                yield
+                await launch.together(tell(s, lambda actor: actor.wake) for s in seats)
+            finally:
+                self._asleep = False
 
     async def changed(self) -> None:
         """Wait until a worker comes or goes."""
@@ -407,7 +415,7 @@ class Pool:
 
     def _check_enough(self) -> None:
         now, limits = time.monotonic(), self._limits
-        if len(self.seats) >= limits.min:
+        if len(self.seats) >= limits.min or self._asleep:
             self._missing_since, self._missing_because = None, ""
         elif self._missing_since is None:
             self._missing_since = now

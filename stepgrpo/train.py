@@ -248,7 +248,8 @@ class Loop:
         try:
             done, group = seat.actor.roll.remote(prompt)
             tokens = await done
-            self._telemetry.count(seat.index, tokens=tokens, trajectories=self.config.rollout.group_size)
+            with suppress(Exception):  # who only watches stops nothing
+                self._telemetry.count(seat.index, tokens=tokens, trajectories=self.config.rollout.group_size)
             seat.strikes = 0
             return group
         except Exception as e:
@@ -545,7 +546,8 @@ class Loop:
             "failures/in_a_row": self.pool.failures.count,
         }
         workers = {s.index: {"worker/draws": len(s.draws), "worker/version": s.version} for s in self.pool.seats}
-        self._telemetry.tell(now, workers)
+        with suppress(Exception):  # who only watches stops nothing
+            self._telemetry.tell(now, workers)
 
     async def _keep_spans(self, seconds: float = SPANS_SECONDS) -> None:
         """Write down what everybody did since the last time, as far as they tell within so many seconds."""
@@ -563,7 +565,8 @@ class Loop:
         workers = ((f"rollout worker {s.index}", s.actor) for s in self.pool.seats)
         ranks = ((f"learner rank {i}", r) for i, r in enumerate(self.ranks))
         await asyncio.gather(*(ask(name, actor) for name, actor in (*workers, *ranks)))
-        keep("driver", whereabouts().node, self._spans.fetch())
+        with suppress(Exception):
+            keep("driver", whereabouts().node, self._spans.fetch())
 
     async def _raise_dead_rank(self, during: str = "rest") -> None:
         alive = await asyncio.gather(*(r.whereabouts.remote() for r in self.ranks), return_exceptions=True)

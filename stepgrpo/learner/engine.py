@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -225,7 +226,9 @@ class LearnerEngine:
                 "exp_avg_sq": torch.zeros_like(flat),
             }
         self._max_skips, self._num_skips = config.max_skips, 0
-        self._sleeps = False
+        self._sleeps, self._offloads = False, use_offload
+        states = [OffloadStateTypeEnum.lp_params, OffloadStateTypeEnum.contiguous_grad_buffer]
+        self._movable = states if use_offload else [*states, OffloadStateTypeEnum.lp_grads]
 
         self._reference: DeepSpeedEngine | None = None
         if with_reference:
@@ -379,11 +382,11 @@ class LearnerEngine:
         shutil.rmtree(previous, ignore_errors=True)
 
     def sleep(self) -> None:
-        """Move weights, gradients and optimizer to the host. On CPU they are there."""
-        if self._device.type == "cpu" or self._sleeps:
+        """Move weights, gradients and optimizer to the host."""
+        if self._sleeps:
             return
-        self._policy.offload_states()
-        self._move_reference("cpu")
+        self._policy.offload_states(include=self._movable)
+        self._move("cpu")
         torch.cuda.empty_cache()
         self._sleeps = True
 
@@ -391,13 +394,18 @@ class LearnerEngine:
         """Take them back; one that is awake stays so."""
         if self._sleeps:
             self._policy.reload_states()
-            self._move_reference(self._device)
+            self._move(self._device)
             self._sleeps = False
 
-    def _move_reference(self, device: str | torch.device) -> None:
-        # DeepSpeed moves the states of engines with an optimizer only.
-        for param in self._reference.parameters() if self._reference else ():
-            param.ds_tensor.data = param.ds_tensor.data.to(device)
+    def _move(self, device: str | torch.device) -> None:
+        """What DeepSpeed does not move: states of another optimizer than its own, and engines without one."""
+        tensors = [param.ds_tensor for param in self._reference.parameters()] if self._reference else []
+        if not self._offloads:
+            for flat in self._optimizer.fp32_partitioned_groups_flat:
+                adam = self._optimizer.optimizer.state[flat]
+                tensors += [flat, adam["exp_avg"], adam["exp_avg_sq"]]
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
 
     def close(self) -> None:
         """Release the engines; the process group stays, for it belongs to the process."""
