@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgrpo.tracking import Tracker
+from stepgrpo.tracking import CLOSE_SECONDS, HURRIED_CLOSE_SECONDS, Tracker
 from stepgrpo.types import Exit, GradedGroup, TrajectoryFacts, Verdict
 
 METRICS: dict[str, str] = {
@@ -242,13 +242,14 @@ class RunLog:
         if self._tracker:
             self._tracker.sample(line, update)
 
-    def close(self) -> None:
+    def close(self, *, patient: bool = True) -> None:
+        """``patient``: wait until all is uploaded; a run that ends early has no time for it."""
         self._file.close()
         if self._tracker:
-            self._tracker.close()
+            self._tracker.close(CLOSE_SECONDS if patient else HURRIED_CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, failed: object, *_: object) -> None:
+        self.close(patient=failed is None)

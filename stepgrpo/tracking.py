@@ -14,6 +14,8 @@ from stepgrpo.config import Config, ConfigError, TrainConfig, brief
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what is not uploaded yet."""
+HURRIED_CLOSE_SECONDS = 2.0
+"""The same, where the run was interrupted or failed."""
 COLUMNS = {
     "response": "text",
     "reward": "reward",
@@ -75,12 +77,12 @@ class Tracker:
 
         self._put(table, update)
 
-    def close(self) -> None:
-        """Wait, up to ``CLOSE_SECONDS``, until all is uploaded or, offline, written."""
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Wait so long until all is uploaded or, offline, written."""
         self._queue.put(None)
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._lose(f"it did not finish within {CLOSE_SECONDS:g} s")
+            self._lose(f"it did not finish within {seconds:g} s")
 
     def _put(self, values: Callable[[], dict[str, Any]], update: int) -> None:
         if not self._lost:

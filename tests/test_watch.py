@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -57,6 +58,7 @@ ROW = {
     "time/batch": 2.0,
 }
 LONG_AGO = time.time() - 3600
+SECONDS = 300.0
 
 Json = dict[str, Any]
 
@@ -248,7 +250,8 @@ class Terminal:
     def __init__(self, command: Sequence[str | Path], **environment: str) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.execve(command[0], [str(c) for c in command], {**os.environ, "TERM": "xterm", **environment})
+            of_its_own = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+            os.execve(command[0], [str(c) for c in command], {**of_its_own, "TERM": "xterm", **environment})
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
         self.raw = ""
 
@@ -258,6 +261,7 @@ class Terminal:
 
     def read(self) -> bool:
         """Wait for more; whether there was any before the end."""
+        assert select.select([self._fd], [], [], SECONDS)[0], f"silent for {SECONDS} s:\n{self.text[-2000:]}"
         try:
             new = os.read(self._fd, 65536)
         except OSError:  # so ends a pseudo-terminal

@@ -261,11 +261,12 @@ class Runs:
         for fs, root in self._places:
             with suppress(OSError):  # it is away for now: other places are not
                 children = fs.ls(root, detail=True)
-                inner = [c["name"].rstrip("/") for c in children if c["type"] == "directory"]
+                inner = [c["name"].rstrip("/") for c in children if c["type"] != "file"]  # a link is of another type
                 for directory in [root] if _is_run(children) else inner:
-                    listing = children if directory == root else fs.ls(directory, detail=True)
-                    if _is_run(listing):
-                        found[directory] = max(map(_written, listing)), fs
+                    with suppress(OSError):  # one that cannot be read does not hide the others
+                        listing = children if directory == root else fs.ls(directory, detail=True)
+                        if _is_run(listing):
+                            found[directory] = max(map(_written, listing)), fs
         names = Counter(map(name_of, found))
         known = {run.root: run for run in self._runs.values()}
         self._runs = {}

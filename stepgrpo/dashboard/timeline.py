@@ -120,9 +120,10 @@ class Timeline:
         pixel = (end - start) / max(1, pixels)
         while True:
             order, firsts = _blocks(lanes, starts, ends, start, pixel)
-            if len(firsts) <= MOST_BLOCKS:
+            if len(firsts) <= MOST_BLOCKS or pixel > end - start:  # one block a lane is the least
                 break
             pixel *= 1.5
+        firsts = firsts[:MOST_BLOCKS]
         first = order[firsts]
         last, busy = (
             op.reduceat(values[order], firsts) if len(firsts) else ends[:0]
