@@ -16,7 +16,7 @@ from stepgrpo import launch
 from stepgrpo.config import Config, RunConfig, SftConfig
 from stepgrpo.console import Display
 from stepgrpo.launch import together
-from stepgrpo.placement import learner_bundles, rollout_bundles, shared_bundles
+from stepgrpo.placement import half, learner_bundles, rollout_bundles, shared_bundles
 from stepgrpo.pool import Pool, root_cause
 from stepgrpo.watchdog import Stuck, waiting
 
@@ -41,7 +41,7 @@ async def rollout_crew(config: Config, display: Display, *, learner: bool) -> As
             worker = rollout_bundles(config)[0]
             pool = Pool(
                 partial(_start_worker, config, launch.run_token()),
-                launch.beside(group, worker) if colocated else launch.on_their_own(worker),
+                launch.beside(group, half(worker)) if colocated else launch.on_their_own(worker),
                 config.rollout.workers,
                 capacity=config.engine.max_num_seqs // config.rollout.group_size,
                 health_seconds=config.rollout.health_seconds,
@@ -153,6 +153,8 @@ def _start_ranks(config: RunConfig, group: Any, total_updates: int, **rollouts: 
 
     actor = ray.remote(concurrency_groups={"ingest": 64})(LearnerWorker)
     bundles = learner_bundles(config)
+    if config.cluster.colocate and rollouts:
+        bundles = [half(b) for b in bundles]
     return [
         actor.options(**launch.place(group, rank, bundle)).remote(
             rank,

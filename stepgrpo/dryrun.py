@@ -20,7 +20,7 @@ from rich.text import Text
 
 from stepgrpo.config import Config, ConfigError
 from stepgrpo.hub import checkpoint_files
-from stepgrpo.placement import all_bundles, learner_bundles, plan, rollout_bundles, shown
+from stepgrpo.placement import all_bundles, half, learner_bundles, plan, rollout_bundles, shown
 
 GB = 1e9
 
@@ -432,6 +432,7 @@ def _placement(p: Plan) -> Group:
         ("rollout workers", config.rollout.workers, rollout_bundles(config)),
         ("learner ranks", config.learner.num_ranks, learner_bundles(config)),
     ):
+        bundles = [half(b) for b in bundles] if config.cluster.colocate else bundles
         each, all_gpus, all_cpus = bundles[0], sum(b.gpus for b in bundles), sum(b.cpus for b in bundles)
         table.add_row(name, str(number), f"{each.gpus:g}", f"{each.cpus:g}", f"{all_gpus:g}", f"{all_cpus:g}")
     table.add_row("the cluster must have", "", "", "", str(p.gpus), f"{p.cpus:g}", style="bold")

@@ -8,7 +8,7 @@ GPUs (`cluster.colocate`), rank n and worker n are in one bundle, and bundles ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepgrpo.config import Config, RunConfig
 
@@ -29,24 +29,24 @@ class Bundle:
 
 def rollout_bundles(config: Config) -> list[Bundle]:
     """Of the fewest workers that will do."""
-    gpus = _share_of_gpu(config) * config.engine.tensor_parallel
+    gpus = config.engine.tensor_parallel if config.cluster.device == "cuda" else 0
     return [Bundle("rollout.workers", config.cluster.cpus_per_worker, gpus)] * config.rollout.workers.min
 
 
 def learner_bundles(config: RunConfig) -> list[Bundle]:
-    return [Bundle("learner.num_ranks", config.cluster.cpus_per_rank, _share_of_gpu(config))] * config.learner.num_ranks
+    gpus = 1 if config.cluster.device == "cuda" else 0
+    return [Bundle("learner.num_ranks", config.cluster.cpus_per_rank, gpus)] * config.learner.num_ranks
 
 
 def shared_bundles(config: Config) -> list[Bundle]:
     """Of a rank and the worker that takes turns with it."""
     pairs = zip(learner_bundles(config), rollout_bundles(config), strict=True)
-    return [Bundle(rank.role, rank.cpus + worker.cpus, rank.gpus + worker.gpus) for rank, worker in pairs]
+    return [Bundle(rank.role, rank.cpus + worker.cpus, rank.gpus) for rank, worker in pairs]
 
 
-def _share_of_gpu(config: RunConfig) -> float:
-    if config.cluster.device == "cpu":
-        return 0
-    return 0.5 if config.cluster.colocate else 1
+def half(bundle: Bundle) -> Bundle:
+    """What one of the two takes of a GPU that they share."""
+    return replace(bundle, gpus=bundle.gpus / 2)
 
 
 def all_bundles(config: Config) -> list[Bundle]:
