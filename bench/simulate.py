@@ -11,8 +11,8 @@
 and the clock jumps to the next thing that happens, so that hours pass in seconds. What the driver itself computes is
 measured, as processor time of its thread less the simulation's; what Ray takes for each call is not in it.
 
-Rates follow from stated bandwidths and efficiencies (`Card`): a plan, not a measurement. Lengths are those of a real run
-of the miniature, or long-tailed like a reasoning model's (`LENGTHS`).
+Rates follow from stated bandwidths and efficiencies (`Card`): a plan, not a measurement. Lengths are those of a real
+run of the miniature, or long-tailed like a reasoning model's (`LENGTHS`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import NormalDist, fmean
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -57,8 +57,8 @@ from stepgrpo.watchdog import Whereabouts
 ROOT = Path(__file__).parents[1]
 PROMPT_TOKENS = 200
 NODE_GPUS = 8
-GROUPS_PER_WORKER = 16
-"""Of a rollout batch, where workers are many: the batch grows with them."""
+GROUPS_PER_WORKER, MOST_GROUPS = 16, 4096
+"""Of a rollout batch, which grows with the workers."""
 UPDATES = 4
 """Of a rollout batch."""
 BUCKET = 256 * 2**20
@@ -84,6 +84,9 @@ class Card:
     """Bytes/s from shared memory to the GPU."""
     node_gbit: float = 400.0
     """Network of one node, Gbit/s."""
+
+
+CARD = Card()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +141,6 @@ class Lengths:
 
 
 def _lognormal(median: float, sigma: float, points: int = 101) -> tuple[float, ...]:
-    from statistics import NormalDist
-
     return tuple(median * math.exp(sigma * NormalDist().inv_cdf((i + 0.5) / points)) for i in range(points))
 
 
@@ -461,11 +462,24 @@ def _graded(g: _Group) -> GradedGroup:
     """Three answers of four are right; a step has 300 tokens."""
     facts = tuple(
         TrajectoryFacts(
-            correct=(g.prompt.draw + 3 * i) % 4 > 0, formatted=True, error=None, num_steps=1 + n // 300, num_tokens=n,
-            num_loss_tokens=n, total_len=PROMPT_TOKENS + n, exit=Exit.CONFIDENT if i % 2 else Exit.NATURAL,
-            complete=True, control=False, oldest_version=g.oldest, newest_version=g.newest,
-            probe_confidences=(), probe_verdicts=(), probe_correct=(), probe_tokens=0, discarded_tokens=0,
-        )  # fmt: skip
+            correct=(g.prompt.draw + 3 * i) % 4 > 0,
+            formatted=True,
+            error=None,
+            num_steps=1 + n // 300,
+            num_tokens=n,
+            num_loss_tokens=n,
+            total_len=PROMPT_TOKENS + n,
+            exit=Exit.CONFIDENT if i % 2 else Exit.NATURAL,
+            complete=True,
+            control=False,
+            oldest_version=g.oldest,
+            newest_version=g.newest,
+            probe_confidences=(),
+            probe_verdicts=(),
+            probe_correct=(),
+            probe_tokens=0,
+            discarded_tokens=0,
+        )
         for i, n in enumerate(g.lengths)
     )
     return GradedGroup(g.prompt.draw, g.prompt.key, facts)
@@ -504,7 +518,7 @@ class Result:
         return most if use[most] >= 0.9 else "nothing"
 
 
-def simulate(config: Config, lengths: Lengths, card: Card = Card()) -> Result:  # noqa: B008
+def simulate(config: Config, lengths: Lengths, card: Card = CARD) -> Result:
     """Run the loop to its end.
 
     Raises:
@@ -545,24 +559,23 @@ def simulate(config: Config, lengths: Lengths, card: Card = Card()) -> Result:  
 
 
 async def _train(config: Config, world: World) -> None:
-    with open(os.devnull, "w") as nowhere:
-        display = Display(Console(file=nowhere))
-        pool = Pool(
-            world.worker,
-            _anywhere,
-            config.rollout.workers,
-            capacity=config.engine.max_num_seqs // config.rollout.group_size,
-            health_seconds=config.rollout.health_seconds,
-            start_timeout=config.cluster.start_timeout,
-            max_failures=config.train.max_failures,
-            display=display,
-        )
-        await pool.start()
-        problems = [Problem(f"p:{i}", "", np.ones(PROMPT_TOKENS, np.int32), "") for i in range(1024)]
-        with RunLog(config.run_dir) as log:
-            stream = PromptStream(problems, config.seed)
-            await Loop(config, stream, [], pool, world.ranks(), display, log, Start(), {}).run()
-        await pool.close()
+    display = Display(Console(quiet=True))
+    pool = Pool(
+        world.worker,
+        _anywhere,
+        config.rollout.workers,
+        capacity=config.engine.max_num_seqs // config.rollout.group_size,
+        health_seconds=config.rollout.health_seconds,
+        start_timeout=config.cluster.start_timeout,
+        max_failures=config.train.max_failures,
+        display=display,
+    )
+    await pool.start()
+    problems = [Problem(f"p:{i}", "", np.ones(PROMPT_TOKENS, np.int32), "") for i in range(1024)]
+    with RunLog(config.run_dir) as log:
+        stream = PromptStream(problems, config.seed)
+        await Loop(config, stream, [], pool, world.ranks(), display, log, Start(), {}).run()
+    await pool.close()
 
 
 async def _anywhere(index: int, seconds: float | None) -> tuple[None, dict[str, Any]]:
@@ -571,7 +584,7 @@ async def _anywhere(index: int, seconds: float | None) -> tuple[None, dict[str, 
 
 def setting(directory: str, workers: int, ranks: int, staleness: int, *more: str, groups: int = 0) -> Config:
     """The paper's for Qwen3-8B, on more GPUs. ``groups``: of a batch; 0: by the number of workers."""
-    groups = groups or GROUPS_PER_WORKER * workers
+    groups = groups or min(GROUPS_PER_WORKER * workers, MOST_GROUPS)
     return load(
         Config,
         ROOT / "configs/qwen3_8b.yaml",
@@ -582,3 +595,137 @@ def setting(directory: str, workers: int, ranks: int, staleness: int, *more: str
             "train.sample_every=0", "checkpoint.every=0", "train.wait_limit=1e9", "train.wait_warning=1e8", *more,
         ],
     )  # fmt: skip
+
+
+# ---- tables
+
+
+def ranks_for(workers: int) -> int:
+    """Two for three workers, where both take about the same time for a batch; 64 at most."""
+    return min(64, max(1, round(workers * 2 / 3)))
+
+
+def scan(workers: Sequence[int], staleness: Sequence[int], batches: int, lengths: Lengths) -> list[Result]:
+    results = []
+    with tempfile.TemporaryDirectory() as directory:
+        for w in workers:
+            for s in staleness:
+                config = setting(directory, w, ranks_for(w), s, f"train.num_batches={batches}")
+                results.append(simulate(config, lengths))
+                print(f"  {w} workers, max_staleness {s}: done", flush=True)
+    return results
+
+
+def shown(results: Sequence[Result]) -> str:
+    header = ("workers", "ranks", "max_staleness", "driver us/group", "of one core", "groups/s", "staleness",
+              "learner idle", "engines idle", "engines' use", "nine tenths used")  # fmt: skip
+    rows = [
+        (
+            f"{r.workers:,}", str(r.ranks), str(r.max_staleness), f"{r.driver_us:,.0f}", f"{r.driver_busy:.2%}",
+            f"{r.groups_per_second:.2f}", f"{r.staleness_mean:.2f}, {r.staleness_max} at most",
+            f"{r.learner_idle:.0%}", f"{r.engines_idle:.0%}", f"{r.engines_use:.0%}", r.saturated,
+        )
+        for r in results
+    ]  # fmt: skip
+    return table(header, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How so many GPUs are shared out."""
+
+    model: str
+    gpus: int
+    ranks: int
+    workers: int
+    tensor_parallel: int
+    offload: bool
+    result: Result | None
+    """None: nothing fits."""
+
+
+def sizing(model: str, gpus: int, lengths: Lengths, groups: int = 512, batches: int = 4) -> Split:
+    """The split that fits in memory, as `--dry-run` counts it, and whose slower half is fastest; then simulated.
+
+    Decoding is split over 1 to 8 GPUs an engine; GPUs that a split leaves over stay idle.
+    """
+    best: tuple[tuple[bool, float], Config, bool] | None = None
+    with tempfile.TemporaryDirectory() as directory:
+        for tp in (1, 2, 4, 8):
+            for share in range(1, 16):
+                ranks = max(1, gpus * share // 16)
+                workers = (gpus - ranks) // tp
+                if not workers or ranks > groups // UPDATES:
+                    continue
+                for offload in (False, True):
+                    config = setting(
+                        directory, workers, ranks, 1, f"model.path={model}", f"engine.tensor_parallel={tp}",
+                        f"learner.offload_optimizer={str(offload).lower()}", f"train.num_batches={batches}",
+                        groups=groups,
+                    )  # fmt: skip
+                    if explain(config).faults:
+                        continue
+                    r = rates(config, lengths, CARD)
+                    size = config.rollout.group_size
+                    there = min(r.running, math.ceil(2 * groups * size / workers))  # all of two batches
+                    speed = min(workers * r.tokens_per_second(there), ranks / r.train)
+                    if best is None or (not offload, speed) > best[0]:
+                        best = (not offload, speed), config, offload
+        if best is None:
+            return Split(model, gpus, 0, 0, 0, False, None)
+        _, config, offload = best
+        workers, ranks, tp = config.rollout.workers.min, config.learner.num_ranks, config.engine.tensor_parallel
+        return Split(model, gpus, ranks, workers, tp, offload, simulate(config, lengths))
+
+
+def sized(plans: Sequence[Split]) -> str:
+    header = ("model", "GPUs", "learner ranks", "workers x GPUs", "minutes/batch", "learner idle", "engines' use")
+    rows = []
+    for p in plans:
+        if r := p.result:
+            ranks = f"{p.ranks}{', optimizer on the host' * p.offload}"
+            figures = (f"{r.batch_seconds / 60:.1f}", f"{r.learner_idle:.0%}", f"{r.engines_use:.0%}")
+            rows.append((p.model, str(p.gpus), ranks, f"{p.workers} x {p.tensor_parallel}", *figures))
+        else:
+            rows.append((p.model, str(p.gpus), "does not fit", "", "", "", ""))
+    return table(header, rows)
+
+
+def broadcasts(size: float) -> str:
+    rows = []
+    for nodes in (1, 4, 16, 64, 128):
+        times = [broadcast(size, gbit, nodes) for gbit in (25, 100, 200)]
+        rows.append((f"{nodes}", *(f"{relayed:.1f} / {alone:,.0f}" for relayed, alone in times)))
+    return table(("nodes", "25 Gbit/s", "100 Gbit/s", "200 Gbit/s"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 4, 16, 64, 256, 1024])
+    parser.add_argument("--staleness", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--lengths", choices=LENGTHS, default="long-tailed")
+    parser.add_argument("--sizing", action="store_true", help="also the table of GPUs for Qwen3-8B and 32B")
+    parser.add_argument("--out", type=Path, help="results as JSON")
+    args = parser.parse_args()
+    print(machine())
+    lengths = LENGTHS[args.lengths]()
+    print(f"lengths: {lengths.name}, {lengths.mean():,.0f} tokens on average, at most {lengths.limit:,}")
+    results = scan(args.workers, args.staleness, args.batches, lengths)
+    print(shown(results), "\n\nseconds for 16 GB on all nodes, passed on / from one node alone:", sep="\n")
+    print(broadcasts(16e9))
+    plans = []
+    if args.sizing:
+        for model in ("Qwen/Qwen3-8B", "Qwen/Qwen3-32B"):
+            plans += [sizing(model, gpus, lengths) for gpus in (8, 16, 32, 64, 128, 256, 512)]
+        print("\nA plan, not measured:", sized(plans), sep="\n")
+    if args.out:
+        record = {
+            "machine": machine(), "lengths": args.lengths, "mean_tokens": round(lengths.mean(), 1),
+            "card": asdict(CARD), "scan": [asdict(r) for r in results], "sizing": [asdict(p) for p in plans],
+        }  # fmt: skip
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
