@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist, fmean
 from types import SimpleNamespace
@@ -80,6 +81,8 @@ class Card:
     """Share of ``flops`` that the learner reaches, its waiting for gathered weights included."""
     copy: float = 2e9
     """Bytes/s at which a rank packs, checksums and stores what it publishes."""
+    host_adam: float = 1e9
+    """Parameters/s that a rank's processor updates, where the optimizer is offloaded."""
     upload: float = 20e9
     """Bytes/s from shared memory to the GPU."""
     node_gbit: float = 400.0
@@ -190,7 +193,7 @@ def rates(config: Config, lengths: Lengths, card: Card) -> Rates:
         fetch=broadcast(weights, card.node_gbit, math.ceil(engines / NODE_GPUS), math.ceil(ranks / NODE_GPUS))[0],
         # Forward and backward 6, recomputing 2, reference 2, old log-probabilities 2 operations per parameter.
         train=12 * params / (card.flops * card.train),
-        update=1.0,
+        update=1.0 + (params / ranks / card.host_adam if config.learner.offload_optimizer else 0.0),
         publish=weights / ranks / card.copy,
     )
 
@@ -551,7 +554,7 @@ def simulate(config: Config, lengths: Lengths, card: Card = CARD) -> Result:
         groups_per_second=batches * config.train.prompts_per_batch / span,
         staleness_mean=fmean(line["staleness/mean"] for line in lines),
         staleness_max=stalest,
-        learner_idle=1 - (learnt1 - learnt0) / span,
+        learner_idle=max(0.0, 1 - (learnt1 - learnt0) / span),
         engines_idle=1 - (busy1 - busy0) / (span * workers),
         engines_use=(decoded1 - decoded0) / (span * workers * full),
         batch_seconds=span / batches,
@@ -640,54 +643,44 @@ class Split:
     workers: int
     tensor_parallel: int
     offload: bool
-    result: Result | None
-    """None: nothing fits."""
+    result: Result
 
 
 def sizing(model: str, gpus: int, lengths: Lengths, groups: int = 512, batches: int = 4) -> Split:
-    """The split that fits in memory, as `--dry-run` counts it, and whose slower half is fastest; then simulated.
-
-    Decoding is split over 1 to 8 GPUs an engine; GPUs that a split leaves over stay idle.
-    """
-    best: tuple[tuple[bool, float], Config, bool] | None = None
+    """Of the splits that fit in memory, as `--dry-run` counts it: for each number of GPUs of an engine the one whose
+    slower half is fastest; of these, simulated, the one that is done first. GPUs left over stay idle."""
+    splits = []
     with tempfile.TemporaryDirectory() as directory:
         for tp in (1, 2, 4, 8):
-            for share in range(1, 16):
+            candidates = []
+            for share, offload in product(range(1, 16), (False, True)):
                 ranks = max(1, gpus * share // 16)
                 workers = (gpus - ranks) // tp
                 if not workers or ranks > groups // UPDATES:
                     continue
-                for offload in (False, True):
-                    config = setting(
-                        directory, workers, ranks, 1, f"model.path={model}", f"engine.tensor_parallel={tp}",
-                        f"learner.offload_optimizer={str(offload).lower()}", f"train.num_batches={batches}",
-                        groups=groups,
-                    )  # fmt: skip
-                    if explain(config).faults:
-                        continue
+                config = setting(
+                    directory, workers, ranks, 1, f"model.path={model}", f"engine.tensor_parallel={tp}",
+                    f"learner.offload_optimizer={str(offload).lower()}", f"train.num_batches={batches}",
+                    f"runs_dir={directory}/{tp}", groups=groups,
+                )  # fmt: skip
+                if not explain(config).faults:
                     r = rates(config, lengths, CARD)
-                    size = config.rollout.group_size
-                    there = min(r.running, math.ceil(2 * groups * size / workers))  # all of two batches
-                    speed = min(workers * r.tokens_per_second(there), ranks / r.train)
-                    if best is None or (not offload, speed) > best[0]:
-                        best = (not offload, speed), config, offload
-        if best is None:
-            return Split(model, gpus, 0, 0, 0, False, None)
-        _, config, offload = best
-        workers, ranks, tp = config.rollout.workers.min, config.learner.num_ranks, config.engine.tensor_parallel
-        return Split(model, gpus, ranks, workers, tp, offload, simulate(config, lengths))
+                    there = min(r.running, math.ceil(groups * config.rollout.group_size / workers))
+                    candidates.append((min(workers * r.tokens_per_second(there), ranks / r.train), -offload, config))
+            if candidates:
+                *_, config = max(candidates, key=lambda c: c[:2])
+                offload, result = config.learner.offload_optimizer, simulate(config, lengths)
+                splits.append(Split(model, gpus, result.ranks, result.workers, tp, offload, result))
+    return min(splits, key=lambda s: s.result.batch_seconds)
 
 
 def sized(plans: Sequence[Split]) -> str:
     header = ("model", "GPUs", "learner ranks", "workers x GPUs", "minutes/batch", "learner idle", "engines' use")
     rows = []
     for p in plans:
-        if r := p.result:
-            ranks = f"{p.ranks}{', optimizer on the host' * p.offload}"
-            figures = (f"{r.batch_seconds / 60:.1f}", f"{r.learner_idle:.0%}", f"{r.engines_use:.0%}")
-            rows.append((p.model, str(p.gpus), ranks, f"{p.workers} x {p.tensor_parallel}", *figures))
-        else:
-            rows.append((p.model, str(p.gpus), "does not fit", "", "", "", ""))
+        ranks = f"{p.ranks}{', optimizer on the host' * p.offload}"
+        figures = (f"{p.result.batch_seconds / 60:.1f}", f"{p.result.learner_idle:.0%}", f"{p.result.engines_use:.0%}")
+        rows.append((p.model, str(p.gpus), ranks, f"{p.workers} x {p.tensor_parallel}", *figures))
     return table(header, rows)
 
 

@@ -43,6 +43,8 @@ class Ledger:
         self._max_staleness = max_staleness
         self._fates: dict[int, _Fate] = {}  # in draw order, since draws are admitted in order
         self._next_draw = 0
+        self._next: tuple[int, int, int] | None = None
+        """Of the next draw, at worst: (batch, kept and used before it there); None: to be walked anew."""
         self.batch = 0
         """Index of the batch that is being collected."""
 
@@ -52,13 +54,16 @@ class Ledger:
         A batch closes soonest, and pushes the next draw furthest back, when every group still open turns out to be
         kept; so the walk takes open draws for kept ones.
         """
-        batch, kept, used = self.batch, 0, 0
-        for fate in self._fates.values():
-            used += 1
-            kept += fate is not _Fate.FILTERED
-            if self._full(kept, used):
-                batch, kept, used = batch + 1, 0, 0
-        return batch
+        if self._next is None:
+            self._next = (self.batch, 0, 0)
+            for fate in self._fates.values():
+                self._next = self._after(*self._next, kept=fate is not _Fate.FILTERED)
+        return self._next[0]
+
+    def _after(self, batch: int, kept_before: int, used_before: int, *, kept: bool) -> tuple[int, int, int]:
+        """Where the walk stands after one more draw."""
+        now_kept, used = kept_before + kept, used_before + 1
+        return (batch + 1, 0, 0) if self._full(now_kept, used) else (batch, now_kept, used)
 
     def may_admit(self, version: int) -> bool:
         """Whether a draw may start on a worker that holds weights ``version``."""
@@ -70,12 +75,16 @@ class Ledger:
         draw = self._next_draw
         self._next_draw += 1
         self._fates[draw] = _Fate.OPEN
+        if self._next is not None:
+            self._next = self._after(*self._next, kept=True)
         return draw
 
     def settle(self, draw: int, *, keep: bool) -> None:
         """Record that a draw's group is graded, and whether it has signal."""
         assert self._fates.get(draw) is _Fate.OPEN, f"draw {draw} settled twice, or never admitted"
         self._fates[draw] = _Fate.KEPT if keep else _Fate.FILTERED
+        if not keep:  # an open draw counts as kept already, and a batch that closes is the walk's first
+            self._next = None
 
     def close(self) -> ClosedBatch | None:
         """Close the current batch if its draws are all settled; otherwise None."""
@@ -102,7 +111,7 @@ class Ledger:
     def restore(self, state: dict[str, Any]) -> list[int]:
         """Go on from ``state``; returns the open draws, which have to be sampled again."""
         self.batch, self._next_draw = state["batch"], state["next_draw"]
-        self._fates = {draw: _Fate[name] for draw, name in state["fates"]}
+        self._fates, self._next = {draw: _Fate[name] for draw, name in state["fates"]}, None
         return [draw for draw, fate in self._fates.items() if fate is _Fate.OPEN]
 
     @property

@@ -190,6 +190,9 @@ class Loop:
 
     def _start_one(self) -> bool:
         """Give a worker a draw: one that must be sampled again, or else the next of the stream."""
+        newest = self.weights.version if self.weights else 0
+        if not self._again and not self.ledger.may_admit(newest):
+            return False  # before all workers are looked at
         free = [s for s in self.pool.seats if len(s.draws) < s.capacity]
         seat = max(free, key=lambda s: (s.version, -len(s.draws)), default=None)
         if seat is None:
