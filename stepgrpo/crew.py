@@ -53,7 +53,7 @@ async def rollout_crew(config: Config, display: Display, *, learner: bool) -> As
             )
             ranks: list[Any] = []
             stack.push_async_callback(lambda: together([pool.close(), _close(ranks)]))
-            setups = [pool.start()]
+            setups = []
             if learner:
                 updates = config.train.num_batches * config.updates_per_batch
                 ranks += _start_ranks(config, group, updates, rollout=config.rollout, reward=config.reward)
@@ -61,7 +61,7 @@ async def rollout_crew(config: Config, display: Display, *, learner: bool) -> As
             if colocated:  # an engine looks how much memory is free when it starts
                 await setups.pop()
                 await together(r.sleep.remote() for r in ranks)
-            await together(setups)
+            await together([pool.start(), *setups])
         yield pool, ranks
 
 

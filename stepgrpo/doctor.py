@@ -43,6 +43,7 @@ from stepgrpo.placement import Bundle, all_bundles
 from stepgrpo.placement import plan as lay
 from stepgrpo.pool import one_line
 from stepgrpo.run import check_rollout
+from stepgrpo.tracking import has_key
 
 Level = Literal["ok", "warning", "fault", "skipped"]
 Node = str | None
@@ -694,13 +695,11 @@ def look_at_data(case: Case) -> Iterator[Finding]:
 
 
 def look_at_wandb(case: Case) -> Iterator[Finding]:
-    from wandb.sdk.lib.wbauth.wbnetrc import read_netrc_auth
-
     assert case.config
     if case.config.train.wandb != "online":
         return
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not (os.environ.get("WANDB_API_KEY") or read_netrc_auth(host=host)):
+    if not has_key():
         yield Finding("wandb", "fault", "train.wandb: online, without a key", "wandb login, or train.wandb=offline")
         return
     try:

@@ -8,6 +8,7 @@ Bytes are decimal: 1 GB is 1e9 bytes, so an "80 GB" card has a few GB more than 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -272,8 +273,8 @@ def explain(config: Config, gpu_memory: float = 80.0, gpus_per_node: int = 8) ->
 def _nodes(config: Config, gpus: int) -> tuple[str, ...]:
     """What lies on each of the fewest nodes that hold all, CPUs being no obstacle."""
     bundles = all_bundles(config)
-    for num in range(1, len(bundles) + 1):
-        node = {"GPU": float(gpus), "CPU": sum(b.cpus for b in bundles)}
+    node = {"GPU": float(gpus), "CPU": sum(b.cpus for b in bundles)}
+    for num in range(math.ceil(sum(b.gpus for b in bundles) / gpus), len(bundles) + 1):
         if (lies := plan(config, [node] * num)) is not None:
             return tuple(shown(names) for names in lies)
     return ()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import secrets
 import shutil
@@ -56,9 +55,6 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A failed rollout's group is never fetched, for which Ray would print its traceback; the loop handles the error.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # Ray numbers actors anew in each session: a handle left over from an earlier one would, when it is collected, end
-    # the actor that has its number now.
-    gc.collect()
     private: str | None = None
     if address:
         try:

@@ -117,7 +117,7 @@ def write(directory: Path, output: Path, batches: str | None = None, last: int |
 
 def _window(path: Path, batches: str | None, last: int) -> Window:
     # The last time counts of a batch that was done again.
-    of = {s["batch"]: (s["start"], s["start"] + s["seconds"]) for s in read_json_lines(path) if s["name"] == "batch"}
+    of = {s["batch"]: (s["start"], end_of(s)) for s in read_json_lines(path) if s["name"] == "batch"}
     if not of:
         raise ConfigError(
             f"{path.parent}: has no spans.jsonl with a batch; takes the directory of a `stepgrpo train` that has "
@@ -133,9 +133,13 @@ def _window(path: Path, batches: str | None, last: int) -> Window:
     return Window(first, final, of[first][0], of[final][1])
 
 
+def end_of(span: Span) -> float:
+    return float(span["start"] + span["seconds"])
+
+
 def _within(span: Span, start: float, end: float) -> float:
     """Seconds of a span between ``start`` and ``end``; not above 0 where it lies outside."""
-    return float(min(span["start"] + span["seconds"], end) - max(span["start"], start))
+    return float(min(end_of(span), end) - max(span["start"], start))
 
 
 # ---- the trace
@@ -292,7 +296,7 @@ def spent(spans: Iterable[Span], start: float, end: float) -> dict[str, dict[str
 def _union(spans: Iterable[Span], start: float, end: float) -> float:
     seconds, reached = 0.0, start
     for s in sorted(spans, key=lambda s: s["start"]):
-        until = min(s["start"] + s["seconds"], end)
+        until = min(end_of(s), end)
         seconds += max(0.0, until - max(s["start"], reached))
         reached = max(reached, until)
     return seconds

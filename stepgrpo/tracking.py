@@ -28,18 +28,21 @@ COLUMNS = {
 """Of the table of samples, behind batch and prompt -> what a trajectory in ``samples.jsonl`` calls it."""
 
 
+def has_key() -> bool:
+    """Whether Weights & Biases has a key here, wherever it looks for one."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    return bool(wandb.login(prompt=False, verify=False))
+
+
 def check_key(config: TrainConfig) -> None:
     """Look for a key, before anything is started that would wait for one.
 
     Raises:
         ConfigError: there is none.
     """
-    if config.wandb != "online":
-        return
-    import wandb
-
-    wandb.setup(wandb.Settings(silent=True))
-    if not wandb.login(prompt=False, verify=False):
+    if config.wandb == "online" and not has_key():
         raise ConfigError(
             "train.wandb: got online, but Weights & Biases has no key here: run `wandb login`, set WANDB_API_KEY, or "
             "take train.wandb=offline"

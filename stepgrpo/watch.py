@@ -18,7 +18,7 @@ from stepgrpo import rundir
 from stepgrpo.config import Config, ConfigError, brief, validate
 from stepgrpo.console import Display, clock, progress_line
 from stepgrpo.placement import shown
-from stepgrpo.trace import Span, natural, spent, title
+from stepgrpo.trace import Span, end_of, natural, spent, title
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -201,10 +201,10 @@ def _actors(look: _Look) -> Table:
 
     spans = [s for s in look.spans if s["restart"] == look.spans[-1]["restart"]]
     by_actor: dict[str, list[Span]] = defaultdict(list)
-    for s in sorted(spans, key=_end):
+    for s in sorted(spans, key=end_of):
         by_actor[s["actor"]].append(s)
-    now = max(map(_end, spans))
-    start = max(now - RECENT_SECONDS, min(map(_end, spans)))
+    now = max(map(end_of, spans))
+    start = max(now - RECENT_SECONDS, min(map(end_of, spans)))
     seconds = max(now - start, 1.0)
     times = spent(spans, start, now)
     gone = _gone(look.events)
@@ -213,7 +213,7 @@ def _actors(look: _Look) -> Table:
         table.add_column(column, justify="left" if column in ("", "node", "last") else "right")
     for actor in sorted(by_actor, key=natural):
         mine = by_actor[actor]
-        groups = [s for s in mine if s["name"] == "generate" and _end(s) > start]
+        groups = [s for s in mine if s["name"] == "generate" and end_of(s) > start]
         idle = times.get(actor, {}).get("idle")
         last = next((s for s in reversed(mine) if s["name"] not in ("probe", "grade")), mine[-1])
         table.add_row(
@@ -223,13 +223,9 @@ def _actors(look: _Look) -> Table:
             f"{sum(s['seconds'] for s in groups) / seconds:.1f}" if groups else "",
             f"{sum(s.get('tokens', 0) for s in groups) / seconds:,.0f}" if groups else "",
             f"{1 - idle.any / seconds:.0%}" if idle else "",
-            Text(gone.get(actor) or f"{title(last)}, {clock(max(0.0, time.time() - _end(last)))} ago"),
+            Text(gone.get(actor) or f"{title(last)}, {clock(max(0.0, time.time() - end_of(last)))} ago"),
         )
     return table
-
-
-def _end(span: Span) -> float:
-    return float(span["start"] + span["seconds"])
 
 
 def _gone(events: list[dict[str, Any]]) -> dict[str, str]:

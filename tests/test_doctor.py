@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from stepgrpo.cli import app
 from stepgrpo.config import Config, load
 from stepgrpo.doctor import CHECKS, Case, Check, Finding, _limited, examine
 from stepgrpo.survey import Door
+from tests.nodes import cluster_of
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -32,17 +32,11 @@ NOBODY = "127.0.0.1:1"
 @pytest.fixture(scope="module")
 def cluster(environment: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """One node of two CPUs, which examinations join by themselves."""
-    directory = tempfile.mkdtemp(prefix="d", dir="/tmp")
-    environment.setenv("RAY_TMPDIR", directory)
     environment.chdir(ROOT)
-    head = {"num_cpus": 2, "object_store_memory": MEMORY, "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
-    environment.setenv("RAY_ADDRESS", nodes.address)
-    yield nodes
-    environment.delenv("RAY_ADDRESS")
-    environment.delenv("RAY_TMPDIR")
-    nodes.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
+    with cluster_of(num_cpus=2, object_store_memory=MEMORY) as nodes:
+        environment.setenv("RAY_ADDRESS", nodes.address)
+        yield nodes
+        environment.delenv("RAY_ADDRESS")
 
 
 @pytest.fixture

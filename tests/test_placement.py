@@ -1,7 +1,5 @@
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from ray.cluster_utils import Cluster
 from stepgrpo.config import Config, ConfigError, load
 from stepgrpo.placement import all_bundles, plan, shown
 from stepgrpo.rundir import read_json_lines
+from tests.nodes import cluster_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -85,17 +84,13 @@ def test_names_are_shown_as_ranges(names: list[str], text: str) -> None:
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head that holds no actor, and two nodes."""
     ray.shutdown()
-    directory = tempfile.mkdtemp(prefix="n", dir="/tmp")
-    for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_TMPDIR", directory), ("OMP_NUM_THREADS", "1")):
-        monkeypatch.setenv(name, value)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY})
-    for _ in range(2):
-        cluster.add_node(num_cpus=2, object_store_memory=MEMORY)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
+    with cluster_of(num_cpus=0, object_store_memory=MEMORY) as cluster:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2, object_store_memory=MEMORY)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+        ray.shutdown()
 
 
 def test_a_run_lies_as_printed_takes_a_node_that_comes_and_leaves_one_that_is_drained(

@@ -6,9 +6,7 @@ import asyncio
 import io
 import json
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,6 +28,7 @@ from stepgrpo.console import Display
 from stepgrpo.launch import on_their_own
 from stepgrpo.placement import Bundle
 from stepgrpo.pool import LOOK_SECONDS, Pool, Seat, TrainError, WorkersGone, is_lost, root_cause
+from tests.nodes import cluster_of
 
 ROOT = Path(__file__).parents[1]
 MINIATURE = ROOT / "examples" / "miniature"
@@ -85,19 +84,11 @@ class Worker:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """One node for the head, which holds no worker; tests add those that do."""
-    directory = tempfile.mkdtemp(prefix="p", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_TMPDIR", directory)
-        head = {"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
-        nodes = Cluster(initialize_head=True, head_node_args=head)
+    with cluster_of(num_cpus=0, object_store_memory=MEMORY) as nodes:
         here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
         ray.init(address=nodes.address, runtime_env=here, log_to_driver=False, logging_level="ERROR")
         yield nodes
         ray.shutdown()
-        nodes.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
@@ -413,7 +404,6 @@ def test_a_run_survives_a_dead_engine_a_hung_engine_and_a_dead_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray.shutdown()
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_TMPDIR", raising=False)

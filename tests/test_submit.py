@@ -29,6 +29,7 @@ from stepgrpo.config import ConfigError
 from stepgrpo.launch import SCRATCH
 from stepgrpo.rundir import read_json_lines
 from stepgrpo.submit import ADDRESS, EXCLUDES, connect, given_address, prepare, upload
+from tests.nodes import free_port
 
 ROOT = Path(__file__).parents[1]
 MINIATURE = ROOT / "examples" / "miniature"
@@ -67,12 +68,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (here / "run.yaml").write_text(SMALL)
     monkeypatch.chdir(here)
     return here
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @dataclass(frozen=True)

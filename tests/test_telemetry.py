@@ -9,7 +9,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -26,6 +25,7 @@ import yaml
 
 from stepgrpo.metrics import METRICS
 from stepgrpo.telemetry import COUNTED, NOW, OF_WORKERS, Telemetry, metric
+from tests.nodes import free_port
 from tests.test_recovery import command, variables
 from tests.test_run import ENDLESS
 
@@ -49,12 +49,6 @@ def waited(look: Callable[[], Any], seconds: float, process: subprocess.Popen[by
         assert process is None or process.poll() is None, "its process has ended"
         time.sleep(0.2)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 class Prometheus:

@@ -57,7 +57,6 @@ ROW = {
     "rate/tokens": 4000.0,
     "time/batch": 2.0,
 }
-LONG_AGO = time.time() - 3600
 SECONDS = 300.0
 
 Json = dict[str, Any]
@@ -73,8 +72,9 @@ def begun(directory: Path, *settings: str, batches: int = 0) -> Path:
 
 
 def silent(directory: Path) -> Path:
+    an_hour_ago = time.time() - 3600
     for path in (*directory.iterdir(), directory):
-        os.utime(path, (LONG_AGO, LONG_AGO))
+        os.utime(path, (an_hour_ago, an_hour_ago))
     return directory
 
 
@@ -113,7 +113,7 @@ def test_a_run_whose_driver_died_is_told_from_one_that_is_only_slow(tmp_path: Pa
     assert watch._ended(silent(directory), config) == {}
     status, screen = seen(directory)
     assert status == 1
-    words = "the run died: nothing was written for 1:0.:.. and nobody works on it; go on with it by its command with"
+    words = "the run died: nothing was written for 1:00:0. and nobody works on it; go on with it by its command with"
     assert re.search(rf"error: .*: {words} --resume\n$", screen)
 
 

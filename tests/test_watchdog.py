@@ -4,12 +4,12 @@ import asyncio
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 
 import pytest
 
 from stepgrpo.watchdog import Stuck, Whereabouts, dump_actors, dump_stacks, waiting, whereabouts
+from tests.nodes import cluster_of
 
 HANGS = """
 import subprocess, sys, time
@@ -145,7 +145,6 @@ def test_without_the_right_to_trace_the_file_says_what_is_missing(tmp_path):
 
 async def test_stacks_of_actors_on_all_nodes_and_of_the_drivers_tasks_are_in_one_file(tmp_path, monkeypatch):
     import ray
-    from ray.cluster_utils import Cluster
 
     class Actor:
         def __init__(self) -> None:
@@ -159,12 +158,9 @@ async def test_stacks_of_actors_on_all_nodes_and_of_the_drivers_tasks_are_in_one
             self.hangs.wait()
             return whereabouts()
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with tempfile.TemporaryDirectory(prefix="sg", dir="/tmp") as directory:
-        monkeypatch.setenv("RAY_TMPDIR", directory)
-        node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    with cluster_of(**node) as cluster:
         try:
             cluster.add_node(**node)
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -181,7 +177,6 @@ async def test_stacks_of_actors_on_all_nodes_and_of_the_drivers_tasks_are_in_one
             del hanging
         finally:
             ray.shutdown()
-            cluster.shutdown()
     text = path.read_text()
     assert "the feeder\n    never (test_watchdog.py" in text
     for name, place in zip(("rank 0", "rank 1"), places, strict=True):

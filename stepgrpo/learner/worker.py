@@ -74,7 +74,7 @@ class LearnerWorker:
         self._spans = Spans()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
         self._fetched: dict[int, Group] = {}
-        self._turn = asyncio.Lock()  # first come, first served: calls reach the thread in the order they were made
+        self._turn = asyncio.Lock()  # first come, first served: calls reach the thread in the order in which they began
         self._engine: LearnerEngine
         self._copy: Any = None
 
@@ -280,6 +280,7 @@ class LearnerWorker:
             (tensors, metadata), self._copy = self._copy, None
             own = state.file_name(self._rank, self._world_size)
             entries = [await asyncio.to_thread(put, place, name, own, state.serialized(tensors, metadata))]
+            del tensors  # three times the weights, which what follows need not hold
             if self._rank == 0:
                 fetched = await asyncio.gather(*(groups[d] for d in sorted(groups)))
                 entries.append(

@@ -21,6 +21,7 @@ from stepgrpo.reward.outcome import (
     ExactGrader,
     MathGrader,
     Outcome,
+    _default_grader,
     extract_answer,
     grade,
     make_grader,
@@ -37,6 +38,14 @@ def grader() -> Iterator[MathGrader]:
     g = MathGrader()
     yield g
     g.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_is_left_to_other_modules() -> Iterator[None]:
+    """`grade` keeps its grader for the life of the process."""
+    yield
+    _default_grader().close()
+    _default_grader.cache_clear()
 
 
 # Extraction
