@@ -370,6 +370,7 @@ def test_a_run_that_is_stopped_ends_in_good_order_and_goes_on_in_another_job(pro
     status, output = head.result(*ray, "stop", "plain")
     assert status == 0 and "was stopped" in output
     assert psutil.wait_procs(running, timeout=30)[1] == []
+    wait_for((runs / "x" / "summary.json").exists)  # which the driver writes when its actors are gone
     summary = json.loads((runs / "x" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
 

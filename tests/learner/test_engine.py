@@ -224,7 +224,7 @@ def test_an_update_is_the_one_plain_pytorch_makes(model_dirs: dict[bool, str], t
     assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     assert metrics["policy/loss_tokens"] == num_tokens(samples)
     trained = parameters(engine)
-    # Adam's first step divides a gradient by its own size: rounding of a tiny one, which differs from CPU to CPU, shows.
+    # Adam divides a first gradient by its own size: rounding of a tiny one, which differs from CPU to CPU, shows.
     for name, p in model.named_parameters():
         np.testing.assert_allclose(floats(trained[name]), p.detach().numpy().ravel(), atol=5e-5, err_msg=name)
     engine.close()
