@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
+from wandb.sdk.lib import wbauth
 
 from stepgrpo.cli import app
 from stepgrpo.config import Config, load
@@ -92,6 +93,7 @@ def test_faults_of_a_config_are_all_found_at_once_in_the_order_of_the_checks(clu
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_API_KEY", raising=False)
         patch.setenv("NETRC", str(tmp_path / "none"))
+        wbauth.unauthenticate_session()  # a key that an earlier test of this process has shown
         wrong = [f"model.path={model}", "train.wandb=online", f"data.train={data}", "learner.num_ranks=4"]
         config = settings(tmp_path, *wrong, "checkpoint.place=nosuch://store", f"runs_dir={file / 'runs'}")
         faults = found(examine(config, quick=True))

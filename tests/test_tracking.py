@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
+from wandb.sdk.lib import wbauth
 
 from stepgrpo import run
 from stepgrpo.config import Config, ConfigError, load
@@ -124,6 +125,7 @@ def test_online_without_a_key_is_refused_before_anything_starts(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wbauth.unauthenticate_session()  # a key that an earlier test of this process has shown
     display = Display(Console(quiet=True))
     with pytest.raises(ConfigError, match=r"train\.wandb: got online, but .* has no key here: run `wandb login`"):
         run.train(config_of(tmp_path, "train.wandb=online"), display)

@@ -333,8 +333,8 @@ def test_a_real_run_is_followed_from_before_it_begins_to_its_result_and_leaves_a
     record = json.loads(gzip.decompress(output.read_bytes()))
     assert_keeps_perfettos_rules(record)
     ways = Counter(tuple(name.split()[0] for name in way) for way in arrows(record["traceEvents"]))
-    # The last weights are loaded after the last batch has ended.
-    assert ways.pop(("publish", "load")) >= 7
+    # The last weights are loaded after the last batch has ended, and a slow worker loads only the newest.
+    assert 1 <= ways.pop(("publish", "load")) <= 8
     assert ways == {("generate", "grade", "update"): 32, ("update", "publish"): 8}
 
 
