@@ -335,6 +335,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     keep_best: NonNegativeInt = 1
     """Checkpoints kept besides, with the best held-out accuracy; needs evaluations at the same batches."""
+    stop_seconds: NonNegativeFloat = 20.0
+    """How long a run that is asked to end (Ctrl-C, SIGTERM) may take to finish its update and write a checkpoint; 0: it
+    writes none. Whoever asks kills it after a while: Kubernetes after 30 s, a plain `ray job stop` after 3 s."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

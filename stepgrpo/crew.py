@@ -119,8 +119,9 @@ async def _save(ranks: Sequence[Any], directory: Path) -> None:
 
 
 async def _set_up(ranks: Sequence[Any]) -> None:
-    """Let learner ranks find each other: rank 0 names the address, all join at once."""
-    host, port = await ranks[0].address.remote()
+    """Let learner ranks find each other: rank 0 listens, all join at once."""
+    places = await together(r.whereabouts.remote() for r in ranks)
+    host, port = await ranks[0].listen.remote(on_one_node=len({p.node for p in places}) == 1)
     await together(r.setup.remote(host, port) for r in ranks)
 
 

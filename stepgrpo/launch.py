@@ -73,13 +73,14 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
     try:
         if not address:
             store = cluster.object_store_mb
-            ray.init(
-                _temp_dir=private or cluster.temp_dir,
-                include_dashboard=cluster.dashboard_port is not None,
-                dashboard_port=cluster.dashboard_port,
-                object_store_memory=None if store is None else store << 20,
-                **quiet,
-            )
+            with _on_loopback():
+                ray.init(
+                    _temp_dir=private or cluster.temp_dir,
+                    include_dashboard=cluster.dashboard_port is not None,
+                    dashboard_port=cluster.dashboard_port,
+                    object_store_memory=None if store is None else store << 20,
+                    **quiet,
+                )
         _await_resources(bundles, patience if address else 0.0)
         yield
     except ConfigError:
@@ -93,6 +94,18 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
         ray.shutdown()
         if private:
             shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray opens all its ports on loopback, as by itself on macOS; on Linux no argument of `ray.init` asks for it."""
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def spilled_bytes() -> int:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from types import MappingProxyType
@@ -95,12 +95,13 @@ async def _train(
     start: recovery.Start,
     inputs: dict[str, str],
 ) -> None:
-    cancel_on_sigterm()
+    ending = Ending()
     beat = asyncio.create_task(launch.heartbeat())
     async with rollout_crew(config, display, learner=True) as (pool, ranks):
         tracker = None if config.train.wandb == "off" else Tracker(config, display.warn)
         with RunLog(config.run_dir, tracker) as log:
             loop = Loop(config, stream, held_out, pool, ranks, display, log, start, inputs)
+            ending.after(loop.last_checkpoint)
             try:
                 async with saved(ranks, config.model_dir, display, lambda: loop.update > 0, loop.learners_turn):
                     await loop.run()
@@ -180,7 +181,7 @@ def answer(
     """
 
     async def go() -> dict[str, tuple[Evaluation, Answers]]:
-        cancel_on_sigterm()
+        Ending()
         results = {}
         async with rollout_crew(config, display, learner=False) as (pool, _), pool.serving():
             for name, chosen in prompts.items():
@@ -250,17 +251,38 @@ def note_skipped(display: Display, *sets: Problems) -> None:
         display.warn(note)
 
 
-def cancel_on_sigterm() -> None:
-    """`ray job stop` sends SIGTERM: end as on Ctrl-C, which asyncio makes a cancelled task and a KeyboardInterrupt."""
+class Ending:
+    """Ends a run when it is asked to, by SIGTERM (a scheduler, `ray job stop`) or by Ctrl-C, of which asyncio makes a
+    cancelled task and a KeyboardInterrupt; a second Ctrl-C does so at once."""
 
-    loop = asyncio.get_running_loop()
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._of_asyncio = signal.getsignal(signal.SIGINT)
+        self._first: Callable[[], Awaitable[None]] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._loop.add_signal_handler(signal.SIGTERM, self._asked)
+        if self._of_asyncio is not signal.SIG_IGN:  # as in the background of a script
+            self._loop.add_signal_handler(signal.SIGINT, self._asked, True)
 
-    def stop() -> None:
-        # Once: a second one, as Ray and a supervisor both send it, would break off what the first one began.
-        loop.remove_signal_handler(signal.SIGTERM)
+    def after(self, first: Callable[[], Awaitable[None]]) -> None:
+        """Await ``first`` before the run is cancelled."""
+        self._first = first
+
+    def _asked(self, by_key: bool = False) -> None:
+        if self._task is None:
+            self._task = self._loop.create_task(self._end())
+        elif by_key:  # Ray and a supervisor may both send SIGTERM, which is one wish
+            self._cancel()
+
+    async def _end(self) -> None:
+        if self._first:
+            await self._first()
+        self._cancel()
+
+    def _cancel(self) -> None:
+        self._loop.remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._loop.remove_signal_handler(signal.SIGINT)
+        is_ignored = self._of_asyncio is signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler if is_ignored else self._of_asyncio)
         signal.raise_signal(signal.SIGINT)
-
-    loop.add_signal_handler(signal.SIGTERM, stop)

@@ -17,7 +17,7 @@ from stepgrpo.data import ResponseEncoder, load_problems
 from stepgrpo.hub import checkpoint_files, eos_ids, load_tokenizer, portable
 from stepgrpo.launch import together
 from stepgrpo.placement import learner_bundles
-from stepgrpo.run import cancel_on_sigterm, note_skipped
+from stepgrpo.run import Ending, note_skipped
 from stepgrpo.tokens import Codec
 from stepgrpo.types import IntArray
 
@@ -77,7 +77,7 @@ def response_encoder(config: SftConfig) -> ResponseEncoder:
 async def _train(config: SftConfig, display: Display, pairs: Sequence[Pair], summary: dict[str, Any]) -> None:
     import ray
 
-    cancel_on_sigterm()
+    Ending()
     per_epoch = math.ceil(len(pairs) / config.batch_size)
     total = per_epoch * config.epochs
     losses: list[float] = []

@@ -116,6 +116,8 @@ class Loop:
         self.accuracy: dict[int, float] = {}
         """Held-out accuracy by version of the weights."""
         self._saving: asyncio.Task[None] | None = None
+        self._saving_batch = -1
+        self._trains, self._stopping, self._rests = False, False, asyncio.Event()
         self._evaluating: set[asyncio.Task[None]] = set()
         self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
         self._places: dict[str, Whereabouts] = {}
@@ -151,6 +153,35 @@ class Loop:
             if after := await self._evaluate_phase("after", "the trained model"):
                 rundir.save_json(path, heldout | {"after": after.as_dict()}, indent=None)
 
+    async def last_checkpoint(self) -> None:
+        """Finish the update that is being made, begin no other, and write a checkpoint, as far as there is time; for a
+        run that is cancelled then. Does nothing before and after training."""
+        seconds = self.config.checkpoint.stop_seconds if self.config.checkpoint.every else 0.0
+        if not (self._trains and seconds):
+            return
+        self.display.warn(
+            f"asked to end: it finishes its update and writes a checkpoint, for {seconds:g} s at most "
+            "(checkpoint.stop_seconds); a second Ctrl-C ends it at once"
+        )
+        self._stopping = True
+        self._closable.set()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._rests.wait()
+        except TimeoutError:
+            self.display.warn("there was no time for a checkpoint: --resume goes on from the one before")
+
+    async def _rest(self) -> None:
+        """Between two batches, for good."""
+        if self._saving_batch != self.ledger.batch:
+            async with self.learners_turn():
+                # An evaluation that is under way is not waited for: there may be no time.
+                await self._checkpoint(set())
+        if self._saving:
+            await self._saving
+        self._rests.set()
+        await asyncio.Event().wait()
+
     async def _learn(self) -> None:
         c = self.config
         async with asyncio.TaskGroup() as tasks:
@@ -159,6 +190,7 @@ class Loop:
                 await self._restore()
             done = self.ledger.batch
             with self.display.phase("train", "training") as phase:
+                self._trains = True
                 feeder = tasks.create_task(self._feed())
                 started = last = time.monotonic()
                 for index in range(done, c.train.num_batches):
@@ -173,6 +205,8 @@ class Loop:
                         if self._eval_due(index + 1):
                             await self._start_evaluation()
                         last = time.monotonic()
+                self._trains = False
+                self._rests.set()
                 feeder.cancel()
                 phase.result = f"{self.update} updates"
         assert self.ledger.in_flight == 0, "draws left over: neither trained on nor filtered"
@@ -289,7 +323,9 @@ class Loop:
     # ---- learning
 
     async def _closed_batch(self) -> ClosedBatch:
-        while (batch := self.ledger.close()) is None:
+        while self._stopping or (batch := self.ledger.close()) is None:
+            if self._stopping:
+                await self._rest()
             self._closable.clear()
             async with self._waiting(lambda: f"batch {self.ledger.batch} ({self.ledger.in_flight} draws in flight)"):
                 await self._closable.wait()
@@ -350,7 +386,7 @@ class Loop:
             self._busy_seconds, self._pauses = 0.0, []
             self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
             if self._checkpoint_due(batch.index + 1):
-                await self._checkpoint()
+                await self._checkpoint(set(self._evaluating))
 
     @asynccontextmanager
     async def learners_turn(self) -> AsyncIterator[None]:
@@ -597,8 +633,12 @@ class Loop:
         every = self.config.checkpoint.every
         return bool(every and (batches_done % every == 0 or batches_done == self.config.train.num_batches))
 
-    async def _checkpoint(self) -> None:
-        """Have the state of this moment copied, and written in the background."""
+    async def _checkpoint(self, before: set[asyncio.Task[None]]) -> None:
+        """Have the state of this moment copied, and written in the background.
+
+        Args:
+            before: evaluations that must be over before it counts.
+        """
         if self._saving and not self._saving.done():
             self.display.warn(
                 "the last checkpoint is still being written; the next one waits for it (checkpoint.every)"
@@ -611,7 +651,8 @@ class Loop:
         name = f"r{self.start.restart:04d}-batch-{self.ledger.batch:06d}"
         refs = {draw: s.ref for draw, s in self.settled.items()}
         parts = [r.checkpoint.remote(place, name, {} if i else refs) for i, r in enumerate(self.ranks)]
-        save = self._save(name, self._state(), parts, set(self._evaluating), start)
+        save = self._save(name, self._state(), parts, before, start)
+        self._saving_batch = self.ledger.batch
         self._saving = self._tasks.create_task(save)
 
     def _state(self) -> dict[str, Any]:

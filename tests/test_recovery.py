@@ -112,6 +112,29 @@ def test_a_killed_run_equals_the_uninterrupted_one_bit_for_bit(uninterrupted: Pa
     assert_same(killed, uninterrupted)
 
 
+def test_a_run_that_is_asked_to_end_loses_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    settings = [*ON_POLICY, "checkpoint.every=100"]
+    run, screen = tmp_path / "run", tmp_path / "screen"
+    with screen.open("w") as out:
+        asked = subprocess.Popen(command(tmp_path, "run", settings), env=variables(), stdout=out, stderr=out)
+        deadline = time.monotonic() + 300
+        while not any(line["batch"] == 2 for line in rundir.read_json_lines(run / "draws.jsonl")):
+            assert asked.poll() is None and time.monotonic() < deadline, screen.read_text()
+            time.sleep(0.02)
+        asked.terminate()
+        assert asked.wait(60) == 130, screen.read_text()
+    assert "asked to end: it finishes its update and writes a checkpoint" in screen.read_text()
+    done = len(read_lines(run / "draws.jsonl"))
+    assert checkpoint.names(str(run / "checkpoints")) == [f"r0000-batch-{done:06d}"]
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+
+    again = subprocess.run([*command(tmp_path, "run", settings), "--resume"], env=variables(), check=False)
+    assert again.returncode == 0
+    starts = [e for e in read_lines(run / "events.jsonl") if e["kind"] == "start"]
+    assert [(e["checkpoint"], e["voided"]) for e in starts] == [(None, 0), (f"r0000-batch-{done:06d}", 0)]
+    assert_same(run, uninterrupted)
+
+
 def test_after_a_kill_every_draw_is_trained_on_once(killed: Path) -> None:
     lines = read_lines(killed / "draws.jsonl")
     assert [line["batch"] for line in lines] == list(range(5))

@@ -57,7 +57,8 @@ SMALL = [
 ]
 ENDLESS = [*SMALL, "train.num_batches=10000", "eval.num_prompts=4"]
 SECONDS_TO_START = 300.0
-SECONDS_TO_STOP = 10.0
+SECONDS_TO_STOP = 30.0
+"""Of which `checkpoint.stop_seconds` is two thirds."""
 ACTORS = ("ray::RolloutWorker", "ray::LearnerWorker", "VLLM::EngineCore")
 
 Json = dict[str, Any]
@@ -542,6 +543,15 @@ def assert_usable(run_dir: Path, status: str) -> None:
     AutoModelForCausalLM.from_pretrained(run_dir / "model")
 
 
+def listening(processes: Sequence[psutil.Process]) -> set[str]:
+    """Addresses on which they take connections."""
+    found = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return found
+
+
 def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with environment.context() as alone:
         alone.delenv("RAY_ADDRESS", raising=False)
@@ -549,6 +559,7 @@ def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyP
             started = psutil.Process(process.pid).children(recursive=True)
             weights = shared_memory(started)
             assert len(titled(started, *ACTORS)) == 3 and weights
+            assert {address.removeprefix("::ffff:") for address in listening(started)} == {"127.0.0.1"}
             os.killpg(process.pid, signal.SIGINT)
             assert process.wait(SECONDS_TO_STOP) == 130
     wait_for(lambda: not any(map(is_alive, started)), 3, "the end of every process")

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.ops
+import psutil
 import torch
 import torch.distributed as dist
 import transformers
@@ -45,21 +47,42 @@ Objective = Callable[[Tensor, LossTokens], tuple[Tensor, Sums]]
 """(log-probabilities [N] with gradient, tokens) -> (scalar to differentiate, sums to report)."""
 
 
-def join(rank: int, world_size: int, master_addr: str, master_port: int, device: str) -> None:
-    """Make this process rank ``rank`` of the learner. One process, one rank, one visible GPU at most."""
+def join(
+    rank: int, world_size: int, host: str, port: int, device: str, *, own_host: str, door: socket.socket | None = None
+) -> None:
+    """Make this process rank ``rank`` of the learner, which it stays: a second call does nothing. One process, one
+    rank, one visible GPU at most.
+
+    Args:
+        host, port: where rank 0 listens.
+        own_host: address at which the other ranks reach this one.
+        door: rank 0's listening socket.
+    """
+    if dist.is_initialized():
+        return
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     transformers.utils.logging.disable_progress_bar()
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK="0",
-        MASTER_ADDR=master_addr,
-        MASTER_PORT=str(master_port),
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    # Gloo would take the address that the machine's name has, which on some machines is another's or loopback.
+    if interface := _interface(own_host):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # Made here, because torch's own would listen on all interfaces.
+    fd = door.detach() if door else None
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, world_size, is_master=door is not None, master_listen_fd=fd
     )
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     # Otherwise init_distributed probes compilers and builds, for a minute, an operator that only inference uses.
     deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _interface(host: str) -> str | None:
+    """Name of this machine's network interface with that address, such as `lo`; None: it has none."""
+    addresses = ((name, a.address) for name, of in psutil.net_if_addrs().items() for a in of)
+    return next((name for name, address in addresses if address == host), None)
 
 
 def learning_rate(config: LearnerConfig, update: int, total_updates: int) -> float:

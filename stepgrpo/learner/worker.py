@@ -35,6 +35,8 @@ from stepgrpo.weights import Manifest, pack
 if TYPE_CHECKING:
     from stepgrpo.learner.engine import LearnerEngine
 
+LOOPBACK = "127.0.0.1"
+
 T = TypeVar("T")
 Pair = tuple[IntArray, IntArray]
 """(prompt ids, response ids)"""
@@ -77,12 +79,17 @@ class LearnerWorker:
         self._turn = asyncio.Lock()  # first come, first served: calls reach the thread in the order in which they began
         self._engine: LearnerEngine
         self._copy: Any = None
+        self._door: socket.socket | None = None
 
-    async def address(self) -> tuple[str, int]:
-        """(host, free port) where this rank can be reached; asked of rank 0."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return ray.util.get_node_ip_address(), s.getsockname()[1]
+    async def listen(self, *, on_one_node: bool = True) -> tuple[str, int]:
+        """(host, port) where this rank now waits for the others; asked of rank 0.
+
+        Args:
+            on_one_node: all ranks are, and no other machine needs to reach them.
+        """
+        self._door = socket.create_server((LOOPBACK if on_one_node else ray.util.get_node_ip_address(), 0))
+        host, port = self._door.getsockname()
+        return host, port
 
     async def spans(self) -> list[dict[str, Any]]:
         """What was done since the last call."""
@@ -92,14 +99,19 @@ class LearnerWorker:
         """Answered also while the engine works."""
         return whereabouts()
 
-    async def setup(self, master_addr: str, master_port: int) -> None:
-        """Join the other ranks and build the engine. Returns when all have."""
+    async def setup(self, host: str, port: int) -> None:
+        """Join the other ranks and build the engine. Returns when all have.
+
+        Args:
+            host, port: rank 0's ``listen``.
+        """
 
         def build() -> LearnerEngine:
             os.environ["DS_ACCELERATOR"] = self._device  # read when deepspeed is imported
             from stepgrpo.learner.engine import LearnerEngine, join
 
-            join(self._rank, self._world_size, master_addr, master_port, self._device)
+            own_host = LOOPBACK if host == LOOPBACK else ray.util.get_node_ip_address()
+            join(self._rank, self._world_size, host, port, self._device, own_host=own_host, door=self._door)
             return LearnerEngine(
                 self._config,
                 self._model,

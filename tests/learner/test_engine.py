@@ -1,4 +1,5 @@
 import os
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -41,7 +42,12 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 @pytest.fixture(scope="module", autouse=True)
 def this_process_is_a_learner_of_one_rank() -> None:
     torch.set_num_threads(1)
-    join(0, 1, "127.0.0.1", free_port(), "cpu")
+    be_rank(0, 1, free_port())
+
+
+def be_rank(rank: int, num_ranks: int, port: int) -> None:
+    door = None if rank else socket.create_server(("127.0.0.1", port))
+    join(rank, num_ranks, "127.0.0.1", port, "cpu", own_host="127.0.0.1", door=door)
 
 
 Ranks = Callable[..., list[Any]]
@@ -51,10 +57,7 @@ Ranks = Callable[..., list[Any]]
 def on_two_ranks() -> Iterator[Ranks]:
     """Call a function of this module in both processes of a learner of two ranks."""
     port = free_port()
-    pools = [
-        ProcessPoolExecutor(1, get_context("spawn"), initializer=join, initargs=(r, 2, "127.0.0.1", port, "cpu"))
-        for r in range(2)
-    ]
+    pools = [ProcessPoolExecutor(1, get_context("spawn"), initializer=be_rank, initargs=(r, 2, port)) for r in range(2)]
 
     def call(function: Callable[..., Any], *args: Any) -> list[Any]:
         return [f.result(timeout=120) for f in [p.submit(function, *args) for p in pools]]

@@ -86,7 +86,7 @@ def ready(value: T) -> Awaitable[T]:
 
 async def one_rank(model_dir: str, config: LearnerConfig) -> LearnerWorker:
     worker = LearnerWorker(0, 1, **arguments(model_dir, config))
-    await worker.setup(*await worker.address())
+    await worker.setup(*await worker.listen())
     return worker
 
 
@@ -238,7 +238,7 @@ async def test_two_actors_train_publish_and_save_as_one_does(model_dir: str, loc
     actor = ray.remote(num_cpus=1, concurrency_groups={"ingest": 8})(LearnerWorker)
     actors = [actor.remote(r, 2, **arguments(model_dir, config_of())) for r in range(2)]
     try:
-        host, port = await actors[0].address.remote()
+        host, port = await actors[0].listen.remote()
         await asyncio.gather(*(a.setup.remote(host, port) for a in actors))
         refs = {g.draw: ray.put(g) for g in groups}
         graded = await asyncio.gather(*(actors[d % 2].ingest.remote([ref]) for d, ref in refs.items()))
