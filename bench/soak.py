@@ -2,6 +2,7 @@
 
     python bench/soak.py [--kills 50] [--seed 0] [--out FILE] [key=value ...]
     python bench/soak.py --quick                     # 5 kills
+    python bench/soak.py --kill KIND --at PHASE ...  # only these
     python bench/soak.py --cluster [--kills 5]       # whole Ray nodes with a rollout worker die, and new ones come
     python bench/soak.py --checkpoint-cost [--checkpoints 60]
 
@@ -65,7 +66,9 @@ COST_EVERY = 4
 """Batches between two checkpoints whose cost is measured."""
 
 PHASES = ("generate", "ingest", "update", "publish", "save")
-METHODS = {"ingest": "ingest", "fetch": "ingest", "update": "update", "publish": "publish", "checkpoint": "save"}
+MORE_PHASES = ("fetch", "evaluate")
+"""Aimed at only where `--at` says so: the first is a moment, the second needs `eval.every=…`."""
+METHODS = {"ingest": "ingest", "fetch": "fetch", "update": "update", "publish": "publish", "checkpoint": "save"}
 """Method of the learner rank -> phase."""
 WORKER, ENGINE, RANK = "ray::RolloutWorker", "VLLM::EngineCore", "ray::LearnerWorker"
 
@@ -229,6 +232,8 @@ class Run:
         places = self.directory / "checkpoints"
         if places.is_dir() and any(not (p / "manifest.json").exists() for p in places.iterdir()):
             return "save"
+        if any(_title(p) == f"{WORKER}.evaluate" for p in self.processes(WORKER)):
+            return "evaluate"
         method = _title(rank).partition(".")[2] if rank else ""
         return METHODS.get(method, "generate")
 
@@ -272,9 +277,9 @@ class Nodes:
         self._cluster.shutdown()
 
 
-def kill(run: Run, name: str, rng: random.Random, nodes: Nodes | None) -> Kill:
-    """Kill one thing at a random moment, and wait until the run is whole again."""
-    aim, delay, pick = rng.choice(PHASES), rng.uniform(0, MAX_DELAY_SECONDS), rng.random()
+def kill(run: Run, name: str, phases: Sequence[str], rng: random.Random, nodes: Nodes | None) -> Kill:
+    """Kill one thing at a random moment of one of these phases, and wait until the run is whole again."""
+    aim, delay, pick = rng.choice(phases), rng.uniform(0, MAX_DELAY_SECONDS), rng.random()
     kind = KINDS.get(name)
     before = median(rate for _, rate in run.rates()[-10:])
     run.until(lambda: False, "the moment", delay)
@@ -358,11 +363,11 @@ def soak(args: argparse.Namespace, scratch: Path, log: IO[str]) -> dict[str, Any
     rng = random.Random(args.seed)
     nodes = Nodes() if args.cluster else None
     settings = [*args.settings, *((*ON_NODES, f"cluster.address={nodes.address}") if nodes else ON_ONE_NODE)]
-    names = list(KINDS)
+    names = args.kill or list(KINDS)
     chosen = [NODE] * args.kills
     if not nodes:  # each kind once, as far as that goes, and then by weight
         chosen = rng.sample(names, min(args.kills, len(names)))
-        chosen += rng.choices(names, [k.weight for k in KINDS.values()], k=args.kills - len(chosen))
+        chosen += rng.choices(names, [KINDS[n].weight for n in names], k=args.kills - len(chosen))
     run, kills, failure = Run(scratch / "killed", log, settings), list[Kill](), ""
     twin = Run(scratch / "undisturbed", log, settings)
     result: dict[str, Any] = {"machine": machine(), "seed": args.seed, "settings": [*SETTINGS, *args.settings]}
@@ -373,7 +378,7 @@ def soak(args: argparse.Namespace, scratch: Path, log: IO[str]) -> dict[str, Any
         for i, name in enumerate(chosen):
             if time.monotonic() - start > 60 * args.minutes:
                 break
-            k = kill(run, name, rng, nodes)
+            k = kill(run, name, args.at or PHASES, rng, nodes)
             kills.append(k)
             print(f"{i + 1}/{len(chosen)} after {time.monotonic() - start:,.0f} s: {asdict(k)}", flush=True)
         run.end(signal.SIGTERM)
@@ -429,14 +434,15 @@ def _mean_max(seconds: Sequence[float]) -> list[float]:
 
 def show(result: dict[str, Any]) -> None:
     print(f"\n{result['machine']}\n")
-    header = ("killed", "kills", "restarts", "repeated", "next batch", "all up", "full rate", "not seen", *PHASES)
+    phases = (*PHASES, *MORE_PHASES)
+    header = ("killed", "kills", "restarts", "repeated", "next batch", "all up", "full rate", "not seen", *phases)
     rows = [
         (
             name,
             *(str(k[c]) for c in ("kills", "restarts", "repeated")),
             *(" / ".join(f"{s:.0f}" for s in k[c]) for c in ("next_batch", "whole", "full_rate")),
             str(k["full_rate_not_seen"]),
-            *(str(k["phases"].get(p, 0)) for p in PHASES),
+            *(str(k["phases"].get(p, 0)) for p in phases),
         )
         for name, k in result["by_kind"].items()
     ]
@@ -484,6 +490,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=90, help="after which nothing more is killed")
     parser.add_argument("--quick", action="store_true", help="5 kills")
+    parser.add_argument("--kill", action="append", choices=[*KINDS], help="only this; more than once: only these")
+    parser.add_argument("--at", action="append", choices=[*PHASES, *MORE_PHASES], help="aim at this phase, or these")
     parser.add_argument("--cluster", action="store_true", help="kill nodes of a cluster of three")
     parser.add_argument("--checkpoint-cost", action="store_true")
     parser.add_argument("--checkpoints", type=int, default=60, help="of --checkpoint-cost")
