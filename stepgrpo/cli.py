@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -616,6 +617,8 @@ def _guard(job: Callable[[Display], None]) -> None:
             _stop(display, "\n".join([one_line(e), *_notes(first), *where]), RECOVERABLE)
         if isinstance(first, TrainError | TimeoutError | CheckpointError):
             _stop(display, "\n".join([str(first), *_notes(e)]), 1)
+        if isinstance(first, OSError) and first.errno in (errno.ENOSPC, errno.EDQUOT):
+            _stop(display, f"{first}: make room; a training run goes on with --resume from its last checkpoint", 1)
         if first is not e:  # raised in an actor: the traceback lies in the run directory, and does not fit a screen
             _stop(display, "\n".join([one_line(e), *_notes(e)]), 1)
         raise

@@ -9,7 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,13 @@ def recorded(directory: Path, seconds: dict[str, float]) -> Iterator[dict[str, A
         summary["status"] = "interrupted"
         raise
     except Exception:
-        (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        with suppress(OSError):  # a full disk, perhaps the very reason, which must not be hidden
+            (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise
     finally:
         summary["seconds"] = {k: round(v, 2) for k, v in seconds.items()}
-        save_json(directory / "summary.json", summary)
+        with nullcontext() if summary["status"] == "finished" else suppress(OSError):
+            save_json(directory / "summary.json", summary)
 
 
 def save_json(path: Path, record: Any, *, indent: int | None = 2) -> None:
@@ -116,8 +118,12 @@ def save_json(path: Path, record: Any, *, indent: int | None = 2) -> None:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def writable(file: Path) -> None:

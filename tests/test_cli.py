@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from stepgrpo import cli, rundir
 from stepgrpo.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -184,3 +186,21 @@ def test_eval_refuses_a_model_that_is_not_there_as_well() -> None:
     result = CliRunner().invoke(app, ["eval", "/none", f"--config={QUICKSTART}"])
     assert result.exit_code == 2
     assert result.output.splitlines()[-1].startswith("error: model.path: got /none, no such directory")
+
+
+def test_a_full_disk_is_a_line_that_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli._guard(lambda _: Path("/dev/full").write_text("x"))
+    assert end.value.code == 1
+    assert capsys.readouterr().out == (
+        "error: [Errno 28] No space left on device: make room; a training run goes on with --resume from its last "
+        "checkpoint\n"
+    )
+
+
+def test_a_full_disk_does_not_hide_why_a_run_failed(tmp_path: Path) -> None:
+    (tmp_path / "error.txt").symlink_to("/dev/full")
+    (tmp_path / f".summary.json.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="the first cause"), rundir.recorded(tmp_path, {}):
+        raise ValueError("the first cause")
+    assert not (tmp_path / "summary.json").exists()
