@@ -8,7 +8,9 @@
 
 Spans and figures for Ray's agents are always kept; what they take is timed by itself and given per batch. All runs are
 strictly on-policy with one seed, so batch n is the same work in each, token for token: the ratio is that of the same
-batches' seconds. Runs alternate: off on, on off, ... Here all that watches shares the cores of what is watched.
+batches' seconds. Runs alternate: off on, on off, ... Here all that watches shares the cores of what is watched; the
+processor seconds of each watcher are counted as well, which other work on the machine disturbs less, and which is what
+remains where a watcher has cores of its own: nothing.
 """
 
 from __future__ import annotations
@@ -30,15 +32,27 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import psutil
 from figures import machine, table
 
 from stepgrpo.rundir import read_json_lines
 from stepgrpo.spans import Spans
 
 ROOT = Path(__file__).parents[1]
+WATCHERS = {
+    "Ray's agents, always there": ("ray::DashboardAgent", "ray::RuntimeEnvAgent"),
+    "Ray's dashboard": ("ray-dashboard", "ray/dashboard/dashboard.py"),
+    "Prometheus": ("prometheus",),
+    "Weights & Biases": ("wandb-core",),
+    "stepgrpo dashboard": ("stepgrpo dashboard",),
+}
+"""Name -> what the command line of its processes has in it."""
+OTHERS = "the page that asks"
 WARM_UP = 5
 """Batches at the start that are not counted."""
 LOOK_SECONDS = 2.0
+CPU_SECONDS = 1.0
+"""Between two looks at all processes' clocks; what one that ends used since the last is not counted."""
 RESAMPLES = 2000
 
 
@@ -50,13 +64,14 @@ def main() -> None:
     args = parser.parse_args()
     print(machine())
     runs: dict[str, list[list[float]]] = {"off": [], "on": []}
+    used: dict[str, list[dict[str, float]]] = {"off": [], "on": []}
     spans_per_batch = 0.0
     with tempfile.TemporaryDirectory(prefix="m", dir="/tmp") as directory:
         for repetition in range(args.repetitions):
             for kind in ("off", "on") if repetition % 2 == 0 else ("on", "off"):
                 run = Path(directory) / f"{kind}{repetition}"
                 with watched(run) if kind == "on" else ExitStack():
-                    train(run, args.batches, kind == "on")
+                    used[kind].append(train(run, args.batches, kind == "on"))
                 seconds = [
                     line["time/batch"] for line in read_json_lines(run / "metrics.jsonl") if "time/batch" in line
                 ]
@@ -76,8 +91,25 @@ def main() -> None:
         ["to record them, share of a batch", f"{spans_per_batch * span / batch:.3%}", f"{span * 1e6:.1f} us each"],
     ]
     print(table(["", "", "95 % over batches"], rows))
+    whole = {kind: sum(u["all"] for u in of) for kind, of in used.items()}
+    print(f"\nprocessor seconds of the run and of its watchers: {whole['off']:.0f} off, {whole['on']:.0f} on; of these")
+    print(
+        table(
+            ["", "off", "on"],
+            [
+                [name, *(f"{sum(u[name] for u in of) / whole[kind]:.2%}" for kind, of in used.items())]
+                for name in (*WATCHERS, OTHERS)
+            ],
+        )
+    )
     if args.out:
-        record = {"machine": machine(), "ratios": ratios.tolist(), "interval": [low, high], "seconds": runs}
+        record = {
+            "machine": machine(),
+            "ratios": ratios.tolist(),
+            "interval": [low, high],
+            "seconds": runs,
+            "cpu": used,
+        }
         args.out.write_text(json.dumps(record | {"span_seconds": span, "spans_per_batch": spans_per_batch}) + "\n")
 
 
@@ -104,7 +136,8 @@ def span_seconds(number: int = 20_000) -> float:
     return median(takes)
 
 
-def train(run: Path, batches: int, is_watched: bool) -> None:
+def train(run: Path, batches: int, is_watched: bool) -> dict[str, float]:
+    """Processor seconds, of all and of each watcher."""
     settings = [
         f"name={run.name}",
         f"runs_dir={run.parent}",
@@ -117,13 +150,37 @@ def train(run: Path, batches: int, is_watched: bool) -> None:
     ]
     if is_watched:
         settings += [f"cluster.temp_dir={run}.r", f"cluster.dashboard_port={free_port()}", "train.wandb=offline"]
-    subprocess.run(
-        [sys.executable, "-m", "stepgrpo", "train", "configs/quickstart.yaml", *settings],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "stepgrpo", "train", "configs/quickstart.yaml", *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    before: dict[int, tuple[str, float]] = {}
+    after: dict[int, tuple[str, float]] = {}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as running:
+        while running.poll() is None:
+            after |= processor_seconds()
+            if not before and sum(1 for _ in read_json_lines(run / "draws.jsonl")) >= WARM_UP:
+                before = after.copy()
+            time.sleep(CPU_SECONDS)
+    if running.returncode:
+        raise SystemExit(f"the run ended with status {running.returncode}")
+    used = dict.fromkeys(["all", *WATCHERS, OTHERS], 0.0)
+    for pid, (name, until) in after.items():
+        seconds = until - before.get(pid, (name, 0.0))[1]
+        used["all"] += seconds
+        if name:
+            used[name] += seconds
+    return used
+
+
+def processor_seconds() -> dict[int, tuple[str, float]]:
+    """Process -> the watcher that it is of, if any, and its seconds until now."""
+    own = psutil.Process()
+    out = {own.pid: (OTHERS, time.process_time())}  # it is the open page, and looks at all these processes
+    for process in own.children(recursive=True):
+        with suppress(psutil.Error):
+            line, times = " ".join(process.cmdline()), process.cpu_times()
+            name = next((name for name, words in WATCHERS.items() if any(w in line for w in words)), "")
+            out[process.pid] = name, times.user + times.system
+    return out
 
 
 @contextmanager

@@ -277,7 +277,7 @@ class Ending:
     async def _end(self) -> None:
         if self._first:
             await self._first()
-        self._cancel()
+        self._loop.call_soon(self._cancel)  # which must not raise in this task, whose exception nobody looks at
 
     def _cancel(self) -> None:
         self._loop.remove_signal_handler(signal.SIGTERM)

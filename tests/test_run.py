@@ -580,6 +580,7 @@ def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Pa
     wait_for(lambda: not any(map(is_alive, actors)), 10, "the end of every actor")
     assert not any(w.exists() for w in weights)
     assert screen.read_text().splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in screen.read_text()
     assert_usable(run_dir, "interrupted")
 
 
