@@ -6,6 +6,8 @@ import asyncio
 import fcntl
 import json
 import os
+import socket
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,6 +17,11 @@ from typing import Any
 
 from stepgrpo.config import ConfigError
 from stepgrpo.metrics import finite
+
+TOUCH_SECONDS = 5.0
+"""Between two times that whoever is ``alone`` touches the lock, which other machines see."""
+FRESH_SECONDS = 90.0
+"""After which a lock that nobody touched is nobody's, on other machines. A file server may show a touch a minute late."""
 
 
 def claim(directory: Path) -> None:
@@ -51,26 +58,50 @@ def alone(directory: Path, what: str) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / _LOCK).open("w")
+        lock = (directory / _LOCK).open("a+")  # who does not get it leaves the holder's name there
     except OSError as e:
         raise ConfigError(f"runs_dir: got {directory.parent}, cannot be written ({e.strerror})") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{directory}: another {what} works here; wait for it, or stop it") from None
+            lock.seek(0)
+            who = lock.read().strip() or "which does not say where"
+            raise ConfigError(f"{directory}: another {what} works here ({who}); wait for it, or stop it") from None
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+        lock.flush()
+        over = threading.Event()
+        toucher = threading.Thread(target=_touch, args=(lock.fileno(), over), daemon=True)
+        toucher.start()
         try:
             yield
         finally:
+            over.set()
+            toucher.join()  # before its file is closed
+            with suppress(OSError):
+                lock.truncate(0)
             if is_free(directory):
                 (directory / _LOCK).unlink(missing_ok=True)
 
 
+def _touch(file: int, over: threading.Event) -> None:
+    while not over.wait(TOUCH_SECONDS):
+        with suppress(OSError):  # a file server that is away for a while
+            os.utime(file)
+
+
 def is_held(directory: Path) -> bool:
-    """Whether a process of this machine is ``alone`` there. It is looked up with the kernel: who tries the lock instead
-    has it for a moment, in which a run could not begin."""
+    """Whether a process is ``alone`` there, without a try for the lock: who tries it has it for a moment, in which a run
+    could not begin.
+
+    Of this machine, the kernel knows. Of another one, or of another container, the holder's name stands in the lock,
+    and was touched within ``FRESH_SECONDS`` of this machine's clock.
+    """
     with suppress(OSError):
         s = (directory / _LOCK).stat()
+        if s.st_size and time.time() - s.st_mtime < FRESH_SECONDS:
+            return True
         place = f" {os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}:{s.st_ino} "
         locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
         return any("FLOCK" in line and " WRITE " in line and place in line for line in locks)

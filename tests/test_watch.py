@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -156,6 +157,31 @@ def test_a_run_that_is_gone_on_with_is_not_over(tmp_path: Path) -> None:
     save_json(directory / "summary.json", {"status": "interrupted"})
     with worked_on(directory):
         assert watch._ended(directory, load(Config, QUICKSTART)) is None
+
+
+def test_a_run_on_another_machine_is_over_when_its_lock_is_left_or_touched_no_more(tmp_path: Path) -> None:
+    """A copy is what another machine sees of a shared directory: the files, and no lock that its kernel knows."""
+    directory, before, after = (tmp_path / name for name in ("here", "before", "after"))
+    directory.mkdir()
+    begun(directory)
+    summary = {"status": "interrupted"}  # of an earlier attempt
+    save_json(directory / "summary.json", summary)
+    with worked_on(directory):
+        shutil.copytree(directory, before)
+    shutil.copytree(directory, after)
+    config = load(Config, QUICKSTART)
+    assert watch._ended(before, config) is None
+    assert watch._ended(silent(before), config) == watch._ended(after, config) == summary
+
+
+def test_a_lock_is_touched_for_as_long_as_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "TOUCH_SECONDS", 0.01)
+    with rundir.alone(begun(tmp_path), "run"):
+        silent(tmp_path)
+        while watch._silent_seconds(tmp_path) > rundir.FRESH_SECONDS:
+            time.sleep(0.01)
+        with pytest.raises(ConfigError, match=f"another run works here .*, process {os.getpid()}"):
+            rundir.alone(tmp_path, "run").__enter__()
 
 
 def test_where_no_run_begins_it_says_what_it_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

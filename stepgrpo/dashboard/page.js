@@ -3,7 +3,7 @@
 const LOOK = 2000;  // ms between two looks at what is new
 const SHOWN_EVENTS = 6;
 const RECENT = 20;  // batches over which the pace is taken
-const SILENT = 120;  // s without a word, after which a run that no process is seen to work on is not called running
+const SILENT = 120;  // s without a word, after which a run whose lock nobody is seen to hold is not called running
 const LOSSES = /died|failed|lost|drained|hung/;
 
 const at = id => document.getElementById(id);
@@ -157,7 +157,7 @@ const percent = (x, digits = 1) => x === null ? '–' : `${number(100 * x, digit
 const figureOr = (x, digits) => x === null ? '–' : number(x, digits);
 
 const SAID = {
-  silent: run => `Nothing was written for ${clock(silence(run))}, and no process of this machine works on it: it is busy with something long, goes on elsewhere, or was killed. The command that began it goes on with --resume.`,
+  silent: run => `Nothing was written for ${clock(silence(run))}, and nobody is seen to hold its lock: it was killed, or the clocks of its machine and this one disagree. The command that began it goes on with --resume.`,
   interrupted: () => 'It was interrupted. The command that began it goes on with --resume.',
   failed: run => run.status.reason || 'There is no error.txt.',
 };
