@@ -48,7 +48,6 @@ async def rollout_crew(config: Config, display: Display, *, learner: bool) -> As
                 start_timeout=seconds,
                 max_failures=config.train.max_failures,
                 display=display,
-                colocated=colocated,
                 run_dir=config.run_dir if learner else None,
             )
             ranks: list[Any] = []

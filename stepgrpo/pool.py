@@ -13,7 +13,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -117,7 +117,6 @@ class Pool:
         health_seconds: without an answer to ``ping``, after which a worker counts as hung.
         start_timeout: seconds a worker may take to start, and ``limits.min`` workers may be missing.
         max_failures: in a row, after which the pool gives up.
-        colocated: engines share their GPUs with others, to whom ``asleep`` leaves them.
         run_dir: gets an event for each worker that joins, leaves or is lost; None: none is written.
     """
 
@@ -132,11 +131,10 @@ class Pool:
         start_timeout: float,
         max_failures: int,
         display: Warn,
-        colocated: bool = False,
         run_dir: Path | None = None,
     ) -> None:
         self._make, self._reserve, self._limits, self._capacity = make, reserve, limits, capacity
-        self._starting: AbstractAsyncContextManager[object] = asyncio.Lock() if colocated else nullcontext()
+        self._starting = [asyncio.Lock() for _ in range(limits.max)]
         self._health_seconds, self._start_timeout = health_seconds, start_timeout
         self._display, self._run_dir = display, run_dir
         self.failures = Failures(max_failures)
@@ -152,6 +150,7 @@ class Pool:
         self._missing_since: float | None = None
         self._missing_because = ""
         self._join: Callable[[Seat], Awaitable[None]] | None = None
+        self._leave: Callable[[], Awaitable[None]] | None = None
         self._on_change: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
@@ -171,18 +170,22 @@ class Pool:
 
     @asynccontextmanager
     async def serving(
-        self, join: Callable[[Seat], Awaitable[None]] | None = None, on_change: Callable[[], None] = lambda: None
+        self,
+        join: Callable[[Seat], Awaitable[None]] | None = None,
+        leave: Callable[[], Awaitable[None]] | None = None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> AsyncIterator[None]:
         """Watch the workers during the block, which fails when the pool gives up.
 
         Args:
             join: brings a worker that is new to the newest weights before it may take work.
+            leave: awaited before a worker is dismissed, which is still ``up`` then; must not raise.
             on_change: called when a worker came or went.
 
         Raises:
             TrainError: too many failures in a row, or too few workers for too long.
         """
-        self._join, self._on_change = join, on_change
+        self._join, self._leave, self._on_change = join, leave, on_change
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._watch())
             try:
@@ -240,9 +243,9 @@ class Pool:
                 seat.loading.release()
 
     @asynccontextmanager
-    async def asleep(self) -> AsyncIterator[None]:
+    async def asleep(self, *, for_good: bool = False) -> AsyncIterator[None]:
         """During the block no engine uses its GPU, and none starts. Nothing may be in flight but evaluations, whose end
-        is waited for."""
+        is waited for. ``for_good``: nor after it."""
 
         async def tell(seat: Seat, call: Callable[[Any], Any]) -> None:
             try:
@@ -252,14 +255,23 @@ class Pool:
                 self.lost(seat, one_line(e))
 
         # None, where the only worker is lost: the next one cannot start before the block's end.
-        async with self._starting, self.held(least=0) as seats:
+        async with AsyncExitStack() as stack:
+            for place in self._starting:
+                await stack.enter_async_context(place)
+            seats = await stack.enter_async_context(self.held(least=0))
             self._asleep = True
             try:
                 await launch.together(tell(s, lambda actor: actor.sleep) for s in seats)
                 yield
-                await launch.together(tell(s, lambda actor: actor.wake) for s in seats)
+                if not for_good:
+                    await launch.together(tell(s, lambda actor: actor.wake) for s in seats)
             finally:
                 self._asleep = False
+
+    @property
+    def up(self) -> list[Seat]:
+        """All workers that answer, also those that take no new work because they leave."""
+        return [*self.seats, *self._leaving]
 
     async def changed(self) -> None:
         """Wait until a worker comes or goes."""
@@ -329,7 +341,7 @@ class Pool:
         """Stop all workers; what is still starting is given up."""
         for task in self._tasks:
             task.cancel()
-        up = [*self.seats, *self._leaving]
+        up = self.up
         with suppress(Exception):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -363,7 +375,7 @@ class Pool:
         group, options = await self._reserve(index, None if self._begun else self._start_timeout)
         actor = None
         try:
-            async with self._starting:
+            async with self._starting[index]:
                 actor = self._make(index, options)
                 what = f"rollout worker {index}"
                 node = await launch.within(actor.start.remote(), self._start_timeout, what)
@@ -392,7 +404,10 @@ class Pool:
             except Exception as e:
                 self.lost(seat, one_line(e))
             else:
-                if seat in self._leaving and seat.idle:
+                leaves = seat in self._leaving and seat.idle
+                if leaves and self._leave:
+                    await self._leave()
+                if leaves and not seat.lost:
                     self._record("left", seat.index, seat.node, "its node is drained", [])
                     self._remove(seat)
                 else:

@@ -103,7 +103,8 @@ async def _train(
             loop = Loop(config, stream, held_out, pool, ranks, display, log, start, inputs)
             ending.after(loop.last_checkpoint)
             try:
-                async with saved(ranks, config.model_dir, display, lambda: loop.update > 0, loop.learners_turn):
+                last_turn = partial(loop.learners_turn, for_good=True)
+                async with saved(ranks, config.model_dir, display, lambda: loop.update > 0, last_turn):
                     await loop.run()
             finally:
                 summary["updates"] = loop.update

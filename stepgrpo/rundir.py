@@ -21,7 +21,7 @@ from stepgrpo.metrics import finite
 TOUCH_SECONDS = 5.0
 """Between two times that whoever is ``alone`` touches the lock, which other machines see."""
 FRESH_SECONDS = 90.0
-"""After which a lock that nobody touched is nobody's, on other machines. A file server may show a touch a minute late."""
+"""After which a lock that nobody touched is nobody's, for other machines. A file server shows a touch a minute late."""
 
 
 def claim(directory: Path) -> None:
@@ -92,8 +92,8 @@ def _touch(file: int, over: threading.Event) -> None:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a process is ``alone`` there, without a try for the lock: who tries it has it for a moment, in which a run
-    could not begin.
+    """Whether a process is ``alone`` there. Who tries the lock instead has it for a moment, in which a run could not
+    begin.
 
     Of this machine, the kernel knows. Of another one, or of another container, the holder's name stands in the lock,
     and was touched within ``FRESH_SECONDS`` of this machine's clock.

@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,8 +120,12 @@ class Loop:
         self._trains, self._stopping, self._rests = False, False, asyncio.Event()
         self._evaluating: set[asyncio.Task[None]] = set()
         self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
+        self._waits: set[Callable[[], None]] = set()
         self._places: dict[str, Whereabouts] = {}
         self._spans = Spans()
+        self._had: dict[Any, int] = {}
+        """Number of each one's spans that are written down."""
+        self._keeping = asyncio.Lock()
         self._telemetry = Telemetry(config.name)
         self._learns = False
         self._grader_failed = False
@@ -139,7 +143,8 @@ class Loop:
         path = self.config.run_dir / "heldout.json"
         places = await self._on_ranks("a sign of life", lambda r: r.whereabouts.remote())
         self._places |= {f"learner rank {rank}": place for rank, place in enumerate(places)}
-        async with self.pool.serving(join=self._catch_up, on_change=self._wake.set), self._watching():
+        serving = self.pool.serving(join=self._catch_up, leave=self._keep_spans, on_change=self._wake.set)
+        async with serving, self._watching():
             for seat in list(self.pool.seats):
                 with suppress(Exception):  # lost already, which the pool finds out
                     await self._note_place(seat)
@@ -195,16 +200,16 @@ class Loop:
                 started = last = time.monotonic()
                 for index in range(done, c.train.num_batches):
                     with self._spans.span("batch", batch=index):
+                        began = time.monotonic()
                         with self._spans.span("wait", batch=index):
                             batch = await self._closed_batch()
-                        waited = time.monotonic() - last
+                        waited = time.monotonic() - began
                         self._learns = True
-                        await self._train_batch(batch, waited, last)
+                        last = await self._train_batch(batch, waited, last)
                         self._learns = False
                         self._show(phase, started, done, index + 1)
                         if self._eval_due(index + 1):
                             await self._start_evaluation()
-                        last = time.monotonic()
                 self._trains = False
                 self._rests.set()
                 feeder.cancel()
@@ -332,7 +337,14 @@ class Loop:
         self._wake.set()  # the next batch's draws have come one version closer
         return batch
 
-    async def _train_batch(self, batch: ClosedBatch, waited: float, last: float) -> None:
+    async def _train_batch(self, batch: ClosedBatch, waited: float, last: float) -> float:
+        """
+        Args:
+            last: when the batch before was published.
+
+        Returns:
+            When this one was; what follows on it is of the next one's time.
+        """
         c = self.config
         used = {d: self.settled.pop(d) for d in (*batch.kept, *batch.filtered)}
         while True:
@@ -387,17 +399,22 @@ class Loop:
             self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
             if self._checkpoint_due(batch.index + 1):
                 await self._checkpoint(set(self._evaluating))
+        return published
 
     @asynccontextmanager
-    async def learners_turn(self) -> AsyncIterator[None]:
-        """During the block the learner has the GPUs that it shares with engines (`cluster.colocate`)."""
+    async def learners_turn(self, *, for_good: bool = False) -> AsyncIterator[None]:
+        """During the block the learner has the GPUs that it shares with engines (`cluster.colocate`).
+
+        Args:
+            for_good: nobody needs them afterwards.
+        """
         async with AsyncExitStack() as stack:
             if self.config.cluster.colocate:
                 async with self._waiting("the engines to leave their GPUs"):
-                    await stack.enter_async_context(self.pool.asleep())
+                    await stack.enter_async_context(self.pool.asleep(for_good=for_good))
                 await self._on_ranks("its turn", lambda r: r.wake.remote())
             yield
-            if self.config.cluster.colocate:
+            if self.config.cluster.colocate and not for_good:
                 await self._on_ranks("the end of its turn", lambda r: r.sleep.remote())
 
     async def _look_at_spilling(self) -> None:
@@ -541,9 +558,23 @@ class Loop:
 
     # ---- what is waited for
 
-    def _waiting(self, what: str | Callable[[], str]) -> AbstractAsyncContextManager[Callable[[], None]]:
+    @asynccontextmanager
+    async def _waiting(self, what: str | Callable[[], str]) -> AsyncIterator[Callable[[], None]]:
+        """As ``waiting``, but progress counts for all that is waited for: a batch, or the learner's turn, may wait for
+        the end of an evaluation."""
         t = self.config.train
-        return waiting(what, say=self.display.warn, warn=t.wait_warning, limit=t.wait_limit, stacks=self._stacks)
+        async with waiting(
+            what, say=self.display.warn, warn=t.wait_warning, limit=t.wait_limit, stacks=self._stacks
+        ) as seen:
+            self._waits.add(seen)
+            try:
+                yield self._progress
+            finally:
+                self._waits.discard(seen)
+
+    def _progress(self) -> None:
+        for seen in self._waits:
+            seen()
 
     async def _stacks(self) -> Path:
         return await dump_actors(self.config.run_dir, self._places)
@@ -595,17 +626,19 @@ class Loop:
             common = {"actor": actor, "node": node[:8], "restart": self.start.restart}
             rundir.append_json(self.config.run_dir / "spans.jsonl", *({**common, **s} for s in spans))
 
-        async def ask(name: str, actor: Any) -> None:
+        async def ask(name: str, actor: Any, node: str) -> None:
             with suppress(Exception):  # who is dead is found out elsewhere
                 async with asyncio.timeout(seconds):
-                    spans = await actor.spans.remote()
-                await asyncio.to_thread(keep, name, self._places[name].node, spans)
+                    self._had[actor], spans = await actor.spans.remote(self._had.get(actor, 0))
+                await asyncio.to_thread(keep, name, node, spans)
 
-        workers = ((f"rollout worker {s.index}", s.actor) for s in self.pool.seats)
-        ranks = ((f"learner rank {i}", r) for i, r in enumerate(self.ranks))
-        await asyncio.gather(*(ask(name, actor) for name, actor in (*workers, *ranks)))
-        with suppress(Exception):
-            keep("driver", whereabouts().node, self._spans.fetch())
+        workers = ((f"rollout worker {s.index}", s.actor, s.node) for s in self.pool.up)
+        ranks = ((name := f"learner rank {i}", r, self._places[name].node) for i, r in enumerate(self.ranks))
+        async with self._keeping:
+            await asyncio.gather(*(ask(*who) for who in (*workers, *ranks)))
+            with suppress(Exception):
+                self._had[self], spans = self._spans.fetch(self._had.get(self, 0))
+                keep("driver", whereabouts().node, spans)
 
     async def _raise_dead_rank(self, during: str = "rest") -> None:
         alive = await asyncio.gather(*(r.whereabouts.remote() for r in self.ranks), return_exceptions=True)

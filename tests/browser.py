@@ -28,8 +28,10 @@ def opened(
     chromium = shutil.which("chromium")
     if chromium is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
+    ):
         context = {"viewport": {"width": width, "height": height}, "offline": isinstance(place, Path), **context}
         page = browser.new_context(**context).new_page()
         faults: list[str] = []
@@ -38,6 +40,5 @@ def opened(
         page.on("request", lambda r: faults.append(r.url) if r.url != "data:," and not r.url.startswith(own) else None)
         page.goto(url)
         yield page
-        browser.close()
-        faults = [f for f in faults if forgiven is None or forgiven not in f]
-        assert not faults, faults
+    faults = [f for f in faults if forgiven is None or forgiven not in f]
+    assert not faults, faults

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,9 +184,10 @@ def test_lines_that_are_appended_appear_and_a_roll_back_is_followed(run: Path) -
 
             assert rundir.roll_back(run, 30)
             expect(tile(page, "Updates")).to_contain_text("60")
-            assert page.evaluate("runs[0].curves.update.length") == 60
-            kept = [s for s in lines(run / "samples.jsonl")]
-            assert page.evaluate("runs[0].samples.length") == len(kept)
+            # A look may have come between two of the files.
+            kept = {"curves.update": 60, "samples": len(lines(run / "samples.jsonl"))}
+            for name, number in kept.items():
+                page.wait_for_function(f"runs[0].{name}.length === {number}")
             rundir.append_json(run / "metrics.jsonl", {**rows[60], "restart": 1})
             expect(tile(page, "Updates")).to_contain_text("61")
         (run / "error.txt").write_text("Traceback ...\nRuntimeError: the disk is full\n")
@@ -195,17 +196,16 @@ def test_lines_that_are_appended_appear_and_a_roll_back_is_followed(run: Path) -
 
 
 def test_the_page_says_when_the_server_is_gone_and_goes_on_when_it_is_back(run: Path) -> None:
-    with served(run) as url:
-        browser = opened(url, forgiven=UNREACHABLE)
-        page = browser.__enter__()
-        expect(tile(page, "Updates")).to_contain_text("90")
-    expect(page.locator("#offline")).to_contain_text("does not answer")
-    assert tile(page, "Updates").is_visible()
-    rundir.roll_back(run, 30)
-    with served(run, port=int(url.rsplit(":")[-1].strip("/"))):
-        expect(page.locator("#offline")).to_be_hidden()
-        expect(tile(page, "Updates")).to_contain_text("60")
-        browser.__exit__(None, None, None)
+    with ExitStack() as stack:
+        with served(run) as url:
+            page = stack.enter_context(opened(url, forgiven=UNREACHABLE))
+            expect(tile(page, "Updates")).to_contain_text("90")
+        expect(page.locator("#offline")).to_contain_text("does not answer")
+        assert tile(page, "Updates").is_visible()
+        rundir.roll_back(run, 30)
+        with served(run, port=int(url.rsplit(":")[-1].strip("/"))):
+            expect(page.locator("#offline")).to_be_hidden()
+            expect(tile(page, "Updates")).to_contain_text("60")
 
 
 def test_a_copy_of_a_run_without_an_end_is_not_called_live(run: Path, tmp_path: Path) -> None:
@@ -229,7 +229,11 @@ def test_a_run_that_is_broken_in_places_is_shown_with_what_is_wrong(run: Path) -
     (run / "summary.json").write_text('{"status": "fin')
     with (run / "spans.jsonl").open("a") as f:
         f.write('{"actor": "driver"}\n')
-    with served(run) as url, opened(url) as page:
+    stacks = "stacks-20260101-000000.txt"
+    for name in ("error.txt", stacks):  # also root cannot read a directory as a file
+        (run / name).mkdir()
+        (run / name / "x").touch()
+    with served(run) as url, opened(url, forgiven=UNREACHABLE) as page:
         expect(tile(page, "Updates")).to_contain_text("90")
         for name in PAGES:
             turn_to(page, name)
@@ -237,8 +241,23 @@ def test_a_run_that_is_broken_in_places_is_shown_with_what_is_wrong(run: Path) -
         expect(page.locator("#faults")).to_contain_text("metrics.jsonl, byte 0: is no record")
         expect(page.locator("#faults")).to_contain_text("summary.json: is no record")
         expect(page.locator("#faults")).to_contain_text("calibration: cannot be told")
+        expect(page.locator("#faults")).to_contain_text("error.txt: cannot be read: [Errno 21] Is a directory")
+        page.get_by_role("button", name=stacks).click()
+        expect(page.locator("#offline")).to_contain_text("a file of the run cannot be read ([Errno 21] Is a directory")
         turn_to(page, "trajectories")
         expect(page.locator("#viewer .empty")).to_contain_text("has no samples.jsonl")
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(run: Path) -> None:
+    worker, phase = "worker <b>7</b>", "<i>before</i>"
+    rundir.append_json(
+        run / "spans.jsonl", span(worker, "generate", lines(run / "spans.jsonl")[0]["start"], 9, tokens=1)
+    )
+    (run / "summary.json").write_text(json.dumps({"status": "finished", "seconds": {phase: 5.0, "train": 9.0}}))
+    with served(run) as url, opened(url) as page:
+        turn_to(page, "throughput")
+        expect(page.locator("#tokens .legend")).to_contain_text(worker)
+        expect(page.locator("#time .legend").last).to_contain_text(phase)
 
 
 def test_a_directory_whose_first_run_begins_later_shows_it_then(run: Path, tmp_path: Path) -> None:

@@ -43,10 +43,17 @@ class Worker:
         self.index, self.directory = index, directory
 
     async def start(self) -> str:
+        if self.directory.joinpath("meet").exists():
+            self.log("begins to start")
+            await asyncio.to_thread(self.meet)
         if self.directory.joinpath("broken").exists():
             raise ValueError("no engine today")
         self.log("starts")
         return str(ray.get_runtime_context().get_node_id())
+
+    def meet(self) -> None:
+        while self.directory.joinpath("turns").read_text().count("begins") < 2:
+            time.sleep(0.05)
 
     async def ping(self) -> None:
         pass
@@ -266,13 +273,14 @@ async def test_engines_that_share_gpus_sleep_while_others_have_them_and_none_sta
     async def learn() -> None:
         async with pool.asleep():
             turns.open("a").write("learner begins\n")
-            await kill(pool.seats[0])
+            await kill(first)
             await until(pool, lambda: pool.deaths == 1)
             await asyncio.sleep(2 * LOOK_SECONDS)  # in which another would start
             turns.open("a").write("learner ends\n")
 
-    async with pool_of(tmp_path, 2, 2, colocated=True) as pool, pool.serving():
-        evaluation = pool.seats[1].loading
+    async with pool_of(tmp_path, 2, 2) as pool, pool.serving():
+        first, second = sorted(pool.seats, key=lambda s: s.index)
+        evaluation = second.loading
         await evaluation.acquire()
         turn = asyncio.create_task(learn())
         await asyncio.sleep(0.5)
@@ -287,9 +295,23 @@ async def test_engines_that_share_gpus_sleep_while_others_have_them_and_none_sta
     ]
 
 
+async def test_engines_start_side_by_side_and_after_the_last_turn_none_wakes(tmp_path: Path, add_node) -> None:
+    add_node()
+    (tmp_path / "meet").touch()  # neither starts before the other has begun to
+    async with pool_of(tmp_path, 2, 2) as pool, pool.serving(), pool.asleep(for_good=True):
+        pass
+    turns = (tmp_path / "turns").read_text()
+    assert turns.count("sleeps") == 2 and "wakes" not in turns
+
+
 async def test_a_drained_node_is_left_when_its_work_is_done(tmp_path: Path, add_node) -> None:
     add_node()
-    async with pool_of(tmp_path, 1, 1) as pool, pool.serving():
+    left: list[Seat] = []
+
+    async def leave() -> None:
+        left.extend(pool.up)
+
+    async with pool_of(tmp_path, 1, 1) as pool, pool.serving(leave=leave):
         seat = pool.seats[0]
         seat.draws.add(1)
         add_node()
@@ -300,7 +322,7 @@ async def test_a_drained_node_is_left_when_its_work_is_done(tmp_path: Path, add_
         assert not seat.lost, events(tmp_path)
         seat.draws.clear()
         await until(pool, lambda: seat.lost)
-        assert pool.deaths == 0
+        assert pool.deaths == 0 and seat in left and seat not in pool.up
     assert [e["kind"] for e in events(tmp_path)] == ["joined", "left"]
 
 

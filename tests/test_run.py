@@ -164,6 +164,12 @@ def test_where_engine_and_learner_take_turns_one_sleeps_while_the_other_works(tw
     )
     assert sampling and learning
     assert not [(a, b) for a in sampling for b in learning if a[0] < b[1] and b[0] < a[1]]
+    # The hand-over after a batch is of the next one's time.
+    handed_over = sorted(s["start"] for s in spans if s["name"] == "sleep" and s["actor"] == "learner rank 0")[1:]
+    published = sorted(s["start"] + s["seconds"] for s in spans if s["name"] == "publish")
+    times = [x["time/batch"] for x in twins[1].lines("metrics") if "time/batch" in x]
+    for batch in (1, 2):
+        assert times[batch] > published[batch] - handed_over[batch - 1] - 0.005
 
 
 def test_an_on_policy_run_meets_only_tokens_of_its_own_version(twins: tuple[Run, Run]) -> None:

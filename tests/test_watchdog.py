@@ -5,12 +5,19 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from stepgrpo.config import Config, load
+from stepgrpo.console import Display
+from stepgrpo.data import PromptStream
+from stepgrpo.recovery import Start
+from stepgrpo.train import Loop
 from stepgrpo.watchdog import Stuck, Whereabouts, dump_actors, dump_stacks, waiting, whereabouts
 from tests.nodes import cluster_of
 
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 HANGS = """
 import subprocess, sys, time
 def the_child_hangs_here(): print("ready", flush=True); time.sleep(100)
@@ -75,6 +82,25 @@ async def test_stacks_that_cannot_be_written_do_not_prolong_the_wait():
     with pytest.raises(Stuck, match=r"for weights; no stacks could be written \(OSError: .*No space left"):
         async with waiting("weights", say=print, limit=0.01, stacks=stacks):
             await never()
+
+
+async def test_whoever_waits_for_an_evaluation_is_not_stuck_while_it_makes_progress():
+    config = load(Config, QUICKSTART, ["train.wait_limit=0.5"])
+    nobody = None
+    loop = Loop(config, PromptStream((), 0), (), nobody, (), Display(), nobody, Start(), {})
+    over = asyncio.Event()
+
+    async def evaluation():
+        async with loop._waiting("an evaluation") as seen:
+            for _ in range(100):
+                await asyncio.sleep(0.01)
+                seen()
+        over.set()
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        tasks.create_task(evaluation())
+        async with loop._waiting("the engines to leave their GPUs"):
+            await over.wait()
 
 
 async def test_a_timeout_of_the_blocks_own_passes_through():

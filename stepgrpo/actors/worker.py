@@ -136,9 +136,9 @@ class RolloutWorker:
         with self._spans.span("wake"):
             await self._engine.wake()
 
-    async def spans(self) -> list[dict[str, Any]]:
-        """What was done since the last call."""
-        return self._spans.fetch()
+    async def spans(self, had: int) -> tuple[int, list[dict[str, Any]]]:
+        """What was done, see ``Spans.fetch``."""
+        return self._spans.fetch(had)
 
     async def whereabouts(self) -> Whereabouts:
         return whereabouts()

@@ -235,7 +235,7 @@ function logs(run) {
     const shown = el('pre', {class: 'text', tabindex: 0, hidden: true});
     at('stacks').replaceChildren(run.stacks.length || run.ray_logs.length ? el('ul', {class: 'list'}, ...run.stacks.map(file => {
       const button = el('button', {type: 'button'}, file);
-      button.addEventListener('click', async () => { shown.hidden = false; shown.textContent = (await ask('stacks', {run: run.name, file})).text; });
+      button.addEventListener('click', () => ask('stacks', {run: run.name, file}).then(({text}) => { shown.hidden = false; shown.textContent = text; }).catch(trouble));
       return el('li', {}, button);
     }), ...run.ray_logs.map(name => el('li', {}, `${run.path}/${name}`))) : empty('Nothing hung, so no stacks were written.'), shown);
   }
@@ -250,7 +250,7 @@ function throughput(root) {
   card(root, {title: 'By worker', note: 'A group’s tokens, spread evenly over the time it took.'}, () => {
     const rates = picked().activity?.rates, names = Object.keys(rates?.actors ?? {});
     if (!names.length) return 'No groups in spans.jsonl.';
-    return {data: names.map((name, i) => ({x: rates.at.map(t => new Date(t * 1000)), y: rates.actors[name], name, stackgroup: 'workers', mode: 'lines',
+    return {data: names.map((name, i) => ({x: rates.at.map(t => new Date(t * 1000)), y: rates.actors[name], name: plain(name), stackgroup: 'workers', mode: 'lines',
       line: {width: 1, color: colour(i)}, fillcolor: faint(colour(i), .6), hovertemplate: '%{y:,.0f}'})),
       layout: {hovermode: 'x unified', showlegend: names.length > 1 && names.length < 10, xaxis: {showgrid: false}, yaxis: {rangemode: 'tozero'}, margin: {l: 52, r: 14, t: names.length > 1 ? 34 : 12, b: 44}}};
   });

@@ -134,9 +134,14 @@ class Run:
                 except OSError as e:
                     faults.append(f"cannot be read: {brief(e)}")
                 faults += file.faults
+            error = ""
+            try:
+                error = text_of(self._fs, f"{self.root}/error.txt")
+            except OSError as e:
+                faults.append(f"error.txt: cannot be read: {brief(e)}")
             kept = {name: lines.value for name, lines in self._records.items()}
             listing = self._listing()
-            status = self._status(kept, listing)
+            status = self._status(kept, listing, error)
             records = Records(
                 rows=kept["metrics"],
                 evaluations=kept["evaluations"],
@@ -167,20 +172,20 @@ class Run:
                 **figures,
                 "events": kept["events"][-NUM_EVENTS:],
                 "num_events": len(kept["events"]),
-                "error": text_of(self._fs, f"{self.root}/error.txt"),
+                "error": error,
                 "stacks": [n for n in names if STACKS.fullmatch(n)],
                 "ray_logs": [n for n in names if n.startswith("ray-logs-")],
                 "spans": "spans.jsonl" in names,
                 "faults": faults,
             }
 
-    def _status(self, kept: dict[str, Any], listing: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _status(self, kept: dict[str, Any], listing: Sequence[dict[str, Any]], error: str) -> dict[str, Any]:
         """How the run stands: `running` where its lock is seen to be held, and without a summary else `unknown`."""
         summary = self._whole["summary"].value
         word = "running" if self._held() else summary.get("status", "unknown")
         reason = ""
         if word == "failed":
-            lines = text_of(self._fs, f"{self.root}/error.txt").strip().splitlines()
+            lines = error.strip().splitlines()
             reason = lines[-1] if lines else ""
         starts = [e["time"] for e in kept["events"] if e.get("kind") == "start" and "time" in e]
         return {

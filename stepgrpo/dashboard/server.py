@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stepgrpo.config import brief
 from stepgrpo.dashboard.runs import Run, Runs
 from stepgrpo.metrics import METRICS
 
@@ -109,6 +110,7 @@ def application(runs: Runs, *, token: str | None, port: int, demo: bool = False)
             Middleware(Gate, token=token, cookie=f"stepgrpo_{port}"),
             Middleware(GZipMiddleware, minimum_size=2000),
         ],
+        exception_handlers={OSError: _unreadable},
     )
 
 
@@ -180,6 +182,10 @@ def _found(value: dict[str, Any] | None) -> Response:
     if value is None:
         raise HTTPException(404, "it is gone: the run went back to a checkpoint, or its files were replaced")
     return _json(value)
+
+
+def _unreadable(_: Request, error: Exception) -> Response:
+    return PlainTextResponse(f"a file of the run cannot be read ({brief(error)})", 503)
 
 
 def _number(text: str | None) -> float | None:

@@ -91,9 +91,9 @@ class LearnerWorker:
         host, port = self._door.getsockname()
         return host, port
 
-    async def spans(self) -> list[dict[str, Any]]:
-        """What was done since the last call."""
-        return self._spans.fetch()
+    async def spans(self, had: int) -> tuple[int, list[dict[str, Any]]]:
+        """What was done, see ``Spans.fetch``."""
+        return self._spans.fetch(had)
 
     async def whereabouts(self) -> Whereabouts:
         """Answered also while the engine works."""

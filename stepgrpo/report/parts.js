@@ -352,7 +352,7 @@ function time(root) {
   if (!runs.length) return root.append(empty('No run directory was given.'));
   const controls = pick(), grid = el('div', {class: 'charts'});
   root.append(...[controls, grid].filter(Boolean));
-  card(grid, {title: 'Each batch', wide: true, note: 'Seconds from one batch’s end to the next. “Other” is bookkeeping and evaluation in between.'}, () => {
+  card(grid, {title: 'Each batch', wide: true, note: 'Seconds from one batch’s end to the next. “Other” is bookkeeping, evaluation and changes of turns in between.'}, () => {
     const c = picked().curves;
     if (!c['time/batch']) return `${picked().name} recorded no times.`;
     const at = c['time/batch'].flatMap((v, i) => v === null ? [] : [i]);
@@ -373,10 +373,10 @@ function time(root) {
   card(grid, {title: 'Phases of the run', wide: true, height: 110 + 38 * Math.max(1, timed.length), note: 'Seconds, as the run’s summary has them.'}, width => {
     if (!timed.length) return 'No run has a summary.json with its phases yet.';
     const names = [...new Set(timed.flatMap(run => Object.keys(run.summary.seconds)))];
-    const tones = {prepare: 4, ray: 5, start: 3, before: 1, train: 0, after: 2, save: 7};
+    const tones = {prepare: 4, ray: 5, start: 3, before: 1, train: 0, after: 2, save: 7}, title = name => plain(PHASES[name] ?? name);
     return {
       data: names.map((name, i) => ({type: 'bar', orientation: 'h', y: timed.map(run => plain(run.name)), x: timed.map(run => run.summary.seconds[name] ?? 0),
-        name: PHASES[name] ?? name, marker: {color: faint(colour(tones[name] ?? i), .8)}, hovertemplate: `${PHASES[name] ?? name}: %{x:.1f} s<extra></extra>`})),
+        name: title(name), marker: {color: faint(colour(tones[name] ?? i), .8)}, hovertemplate: `${title(name)}: %{x:.1f} s<extra></extra>`})),
       layout: {barmode: 'stack', showlegend: true, margin: {l: width < 560 ? 14 : 110, r: 14, t: width < 560 ? 74 : 36, b: 44}, hovermode: 'closest', bargap: .35,
         xaxis: {title: 'seconds'}, yaxis: {showticklabels: width >= 560, automargin: width >= 560, type: 'category'}},
     };
