@@ -437,13 +437,14 @@ def watch(
 def _watch_job(name: str, address: str | None, display: Display) -> NoReturn:
     """Print what a job prints; ends with its status."""
     import stepgrpo.submit as submission
-    from stepgrpo.config import ConfigError, brief
+    from stepgrpo.config import ConfigError, brief, masked
 
     client = submission.connect(submission.given_address(address))
     try:
         client.get_job_info(name)
     except RuntimeError as e:
-        raise ConfigError(f"{name}: {client.get_address()} has no such job ({brief(e)}); see `ray job list`") from None
+        where = masked(client.get_address())
+        raise ConfigError(f"{name}: {where} has no such job ({brief(e)}); see `ray job list`") from None
     raise SystemExit(submission.attend(client, name, display))
 
 

@@ -7,6 +7,7 @@ Everything here is what a person may want to set; what a machine can find out is
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -30,7 +31,12 @@ class ConfigError(ValueError):
 
 def brief(error: Exception, limit: int = 160) -> str:
     """A library's message as the part of a line."""
-    return " ".join(str(error).split())[:limit]
+    return masked(" ".join(str(error).split()))[:limit]
+
+
+def masked(text: str) -> str:
+    """An address, or a text with some in it, without user names and passwords."""
+    return re.sub(r"(^|//)[^/\s]*@", r"\1***@", text)
 
 
 def is_own(name: str) -> bool:

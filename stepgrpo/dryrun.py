@@ -222,6 +222,13 @@ class Plan:
     faults: tuple[str, ...]
     """What does not fit, and what to change; empty where all fits."""
 
+    @property
+    def memory_limit(self) -> float | None:
+        """Bytes of a GPU that one process may fill; None on CPU."""
+        if self.gpu_memory is None:
+            return None
+        return self.gpu_memory - CUDA_CONTEXT * self.config.cluster.colocate  # what the one that sleeps keeps
+
 
 def explain(config: Config, gpu_memory: float = 80.0, gpus_per_node: int = 8) -> Plan:
     """Work out a config for GPUs of ``gpu_memory`` GB, so many to a node (neither is read where it runs on CPU).
@@ -348,7 +355,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _faults(p: Plan) -> Iterator[str]:
-    config, shape, gpu = p.config, p.shape, p.gpu_memory
+    config, shape, gpu = p.config, p.shape, p.memory_limit
     eng, lrn, store = config.engine, config.learner, config.cluster.object_store_mb
     if gpu is not None:
         if not p.nodes:
@@ -356,8 +363,6 @@ def _faults(p: Plan) -> Iterator[str]:
                 f"a rollout worker takes {eng.tensor_parallel} GPUs of one node, which has {p.gpus_per_node}: lower "
                 "engine.tensor_parallel, or name larger nodes (--gpus-per-node)"
             )
-        if config.cluster.colocate:
-            gpu -= CUDA_CONTEXT  # what the one that sleeps keeps
         if p.learner.total > gpu:
             ways = ["raise learner.num_ranks"]
             ways += [] if lrn.gradient_checkpointing else ["set learner.gradient_checkpointing=true"]
@@ -406,8 +411,8 @@ def render(p: Plan) -> RenderableType:
     return Group(
         head,
         _placement(p),
-        _memory(f"one learner rank, per {place}", p.learner, p.gpu_memory),
-        _memory(f"one rollout worker, per {place}", p.rollout, p.gpu_memory),
+        _memory(f"one learner rank, per {place}", p.learner, p.memory_limit),
+        _memory(f"one rollout worker, per {place}", p.rollout, p.memory_limit),
         _facts("host memory and object store", _host_facts(p)),
         _facts("batch arithmetic", _batch_facts(p)),
         Text(),

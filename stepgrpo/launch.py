@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepgrpo.config import ClusterConfig, ConfigError, brief
+from stepgrpo.config import ClusterConfig, ConfigError, brief, masked
 from stepgrpo.placement import Bundle
 
 # A unix socket's path has at most 107 bytes, and Ray appends about 65 of its own to its directory.
@@ -62,7 +62,7 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
             ray.init(address=address, **quiet)
         except (OSError, ValueError, RuntimeError) as e:
             raise ConfigError(
-                f"cluster.address: got {address}, no Ray cluster answers there ({brief(e, 120)}); "
+                f"cluster.address: got {masked(address)}, no Ray cluster answers there ({brief(e, 120)}); "
                 "start one with `ray start --head`, or unset cluster.address and RAY_ADDRESS"
             ) from None
     else:

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import yaml
 from rich.filesize import decimal
 
-from stepgrpo.config import Config, ConfigError, brief, is_own, load
+from stepgrpo.config import Config, ConfigError, brief, is_own, load, masked
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -60,14 +60,15 @@ class Job:
     """Size in bytes of each file that is sent."""
 
     def command(self, address: str) -> str:
-        """The `ray job submit` this stands for; secrets are taken from the environment of the shell that runs it."""
+        """The `ray job submit` this stands for; secrets are taken from the environment of the shell that runs it, and a
+        password in the address is to be filled in."""
         env_vars = self.runtime_env.get("env_vars", {})
         # NUL cannot be part of anybody's value.
         shown = {name: f"\0{name}\0" if name in self.secrets else value for name, value in env_vars.items()}
         words = ["ray", "job", "submit", "--working-dir", "."]
         words += ["--submission-id", self.submission_id] if self.submission_id else []
         words += ["--runtime-env-json", json.dumps({**self.runtime_env, "env_vars": shown}), "--"]
-        line = f"{ADDRESS}={shlex.quote(address)} {shlex.join(words)} {self.entrypoint}"
+        line = f"{ADDRESS}={shlex.quote(masked(address))} {shlex.join(words)} {self.entrypoint}"
         for name in self.secrets:
             # Ends the single quotes of the JSON, and begins them anew.
             line = line.replace(f"\\u0000{name}\\u0000", f"'\"${name}\"'")
@@ -195,6 +196,7 @@ def _environment(env: Iterable[str], file: Path | None) -> tuple[dict[str, Any],
     secrets = set()
     for item in env:
         name, sign, value = item.partition("=")
+        secrets.discard(name)  # the last one counts, also in this
         if not sign and name in os.environ:
             value = os.environ[name]
             secrets.add(name)
@@ -250,7 +252,9 @@ def _with_bases(file: Path) -> Iterator[Path]:
 def given_address(address: str | None) -> str:
     """``address``, or what Ray's own environment variables say."""
     if address and "://" not in address:
-        raise ConfigError(f"--address: got {address}, takes the URL of Ray's dashboard, such as {DEFAULT_ADDRESS}")
+        raise ConfigError(
+            f"--address: got {masked(address)}, takes the URL of Ray's dashboard, such as {DEFAULT_ADDRESS}"
+        )
     return address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
 
 
@@ -275,12 +279,12 @@ def connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(headers=headers)
     except AuthenticationError as e:
         raise ConfigError(
-            f"--address: {address} lets nobody in without its token ({brief(e, 60)}); set RAY_AUTH_MODE=token, and "
+            f"--address: {masked(address)} lets nobody in without its token ({brief(e, 60)}); set RAY_AUTH_MODE=token, and "
             "RAY_AUTH_TOKEN unless ~/.ray/auth_token has it"
         ) from None
     except (OSError, RuntimeError, ValueError, RayError) as e:
         raise ConfigError(
-            f"--address: got {address}, no Ray job server answers there ({brief(e)}); start one with `ray start "
+            f"--address: got {masked(address)}, no Ray job server answers there ({brief(e)}); start one with `ray start "
             "--head`, name another, or forward its port (Kubernetes: kubectl port-forward svc/NAME-head-svc 8265)"
         ) from None
 
@@ -299,7 +303,7 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
         )
     except (OSError, RuntimeError, ValueError) as e:
         cause = str(e).strip(".\n").splitlines()[-1]  # of the server's traceback
-        raise ConfigError(f"{client.get_address()}: does not take the job ({cause})") from None
+        raise ConfigError(masked(f"{client.get_address()}: does not take the job ({cause})")) from None
 
 
 def attend(client: JobSubmissionClient, job: str, display: Display) -> int:
@@ -337,7 +341,7 @@ def attend(client: JobSubmissionClient, job: str, display: Display) -> int:
 
 def ways(client: JobSubmissionClient, job: str) -> str:
     """Commands to follow and to stop a job."""
-    address = f"{ADDRESS}={shlex.quote(client.get_address())}"
+    address = f"{ADDRESS}={shlex.quote(masked(client.get_address()))}"
     return f"to follow it: {address} ray job logs -f {job}\nto stop it:   {address} ray job stop {job}"
 
 
@@ -363,7 +367,7 @@ class _Output:
             except lost as e:
                 if time.monotonic() - heard > LOST_SECONDS:
                     raise SystemExit(
-                        f"{self._client.get_address()} does not answer ({brief(e)}); the job may go on\n"
+                        f"{masked(self._client.get_address())} does not answer ({brief(e)}); the job may go on\n"
                         f"{ways(self._client, self._job)}"
                     ) from None
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +69,13 @@ def watch(directory: Path, display: Display) -> dict[str, Any]:
     """
     config = _begun(directory, display)
     with display.phase("watch", f"watching {directory}") as phase:
-        told = 0.0
+        told: dict[str, Any] | None = None
         while (summary := _ended(directory, config)) is None:
             look = _Look.at(directory)
             if not display.live:
-                for event in (e for e in look.events[-NUM_EVENTS:] if e["time"] > told):
+                for event in _after(told, look.events):
                     display.console.print(f"  {_told(event)}", markup=False, soft_wrap=True)
-                    told = event["time"]
+                    told = event
             done = look.rows[-1]["batch"] + 1 if look.rows else 0
             phase.show(_line(look, config), done, config.train.num_batches, _below(look))
             time.sleep(LOOK_SECONDS)
@@ -171,6 +171,12 @@ def _line(look: _Look, config: Config) -> str:
         held_out=(during[-1]["accuracy"]["mean"], during[-1]["tokens"]["mean"]) if during else None,
         seconds_left=per_batch * (t.num_batches - 1 - row["batch"]),
     )
+
+
+def _after(told: Mapping[str, Any] | None, events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The events since one; the last few where it is not there any more."""
+    there = [i for i, event in enumerate(events) if event == told]
+    return events[there[-1] + 1 :] if there else events[-NUM_EVENTS:]
 
 
 def _below(look: _Look) -> RenderableType:

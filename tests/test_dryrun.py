@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 
 from stepgrpo.config import Config, ConfigError, load
-from stepgrpo.dryrun import GB, KNOWN_SHAPES, ModelShape, explain, model_shape, render
+from stepgrpo.dryrun import CUDA_CONTEXT, GB, KNOWN_SHAPES, ModelShape, explain, model_shape, render
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -202,6 +202,16 @@ def test_what_does_not_fit_is_named_with_a_remedy(overrides: list[str], fault: s
 def test_a_smaller_gpu_changes_the_verdict() -> None:
     assert explain(config("8b"), 80).faults == ()
     assert any(f.startswith("a learner rank needs") for f in explain(config("8b"), 40).faults)
+
+
+def test_on_a_shared_gpu_table_and_verdict_both_leave_room_for_the_one_that_sleeps() -> None:
+    c = load(Config, CONFIGS / "one_gpu.yaml", ["engine.kv_cache_mb=4000"])
+    learner, rollout = (m.total / GB for m in (explain(c).learner, explain(c).rollout))
+    assert learner > rollout, "the learner's memory decides here"
+    room = CUDA_CONTEXT / GB
+    for spare, fits in ((0.9 * room, False), (1.1 * room, True)):
+        page = text_of(c, learner + spare)
+        assert ("all parts fit" in page) == ("DOES NOT FIT" not in page) == fits
 
 
 def test_the_page_says_where_the_shape_is_from_and_that_all_fits() -> None:

@@ -214,6 +214,27 @@ def test_settings_of_the_runtime_environment_are_kept_beside_ours(project: Path)
     }
 
 
+def test_of_a_variable_that_is_given_twice_the_last_one_counts_and_whether_it_is_shown(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A", "hidden")
+    for env, value, shown in ((["A", "A=1"], "1", '"A": "1"'), (["A=1", "A"], "hidden", '"A": "\'"$A"\'"')):
+        job = prepare(Path("run.yaml"), ["runs_dir=/shared"], env=env)
+        assert job.runtime_env["env_vars"]["A"] == value
+        assert shown in job.command("http://here:1") and "hidden" not in job.command("http://here:1")
+
+
+def test_a_password_in_an_address_is_not_shown(project: Path) -> None:
+    address = f"http://me:pass@w0rd@127.0.0.1:{free_port()}"
+    shown = f"http://***@127.0.0.1:{address.rpartition(':')[2]}"
+    command = prepare(Path("run.yaml"), ["runs_dir=/shared"]).command(address)
+    assert command.startswith(f"{ADDRESS}={shlex.quote(shown)} ray job submit") and "w0rd" not in command
+    for refuse, given in ((connect, address), (given_address, address.removeprefix("http://"))):
+        with pytest.raises(ConfigError) as error:
+            refuse(given)
+        assert "***@127.0.0.1:" in str(error.value) and "w0rd" not in str(error.value)
+
+
 def test_what_is_counted_is_what_ray_packs(project: Path, tmp_path: Path) -> None:
     for name in ("runs/x", "wandb/x", ".git/x", ".venv/x", "sub/.mypy_cache/x", "sub/ignored", "sub/kept", "by_ray"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)

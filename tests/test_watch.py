@@ -253,6 +253,13 @@ def test_the_table_has_each_actors_rates_and_what_it_did_last(tmp_path: Path) ->
     assert " ".join(lines[6][1:]) == "death worker 1, node abcdef12, reason [killed], reissued [4]"
 
 
+def test_each_event_is_printed_once_also_several_of_a_millisecond() -> None:
+    events = [{"time": 1.0, "kind": "death", "worker": n} for n in range(9)]
+    assert watch._after(None, events) == events[4:]
+    assert watch._after(events[5], events) == events[6:]
+    assert watch._after(events[8], [*events, events[8]]) == []
+
+
 # ---- terminals
 
 
