@@ -279,13 +279,13 @@ def connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(headers=headers)
     except AuthenticationError as e:
         raise ConfigError(
-            f"--address: {masked(address)} lets nobody in without its token ({brief(e, 60)}); set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN unless ~/.ray/auth_token has it"
+            f"--address: {masked(address)} lets nobody in without its token ({brief(e, 60)}); set RAY_AUTH_MODE=token, "
+            "and RAY_AUTH_TOKEN unless ~/.ray/auth_token has it"
         ) from None
     except (OSError, RuntimeError, ValueError, RayError) as e:
         raise ConfigError(
-            f"--address: got {masked(address)}, no Ray job server answers there ({brief(e)}); start one with `ray start "
-            "--head`, name another, or forward its port (Kubernetes: kubectl port-forward svc/NAME-head-svc 8265)"
+            f"--address: got {masked(address)}, no Ray job server answers there ({brief(e)}); start one with `ray "
+            "start --head`, name another, or forward its port (Kubernetes: kubectl port-forward svc/NAME-head-svc 8265)"
         ) from None
 
 

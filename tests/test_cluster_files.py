@@ -1,12 +1,14 @@
 """What lies in cluster/ is what Ray, Kubernetes, Slurm and Docker take, as far as that can be seen without them."""
 
 import functools
+import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import psutil
 import pytest
 import ray
 import yaml
+from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -99,7 +102,10 @@ def crd_validator(kind: str) -> jsonschema.Draft202012Validator:
     """By the OpenAPI schema of KubeRay's resource, made to know no other fields than those it names."""
     path = CRDS / f"ray.io_{kind.lower()}s.yaml"
     if not path.exists():
-        pytest.skip(f"{path} is not on this machine: KubeRay's schemas, for which STEPGRPO_SHARED is to be set")
+        pytest.skip(
+            f"no {path}: set STEPGRPO_SHARED to a directory with data/kuberay-crds/{path.name}, which is "
+            "helm-chart/kuberay-operator/crds of https://github.com/ray-project/kuberay"
+        )
     definition = yaml.load(path.read_text(), yaml.CSafeLoader)
     [version] = [v for v in definition["spec"]["versions"] if v["name"] == "v1"]
 
@@ -119,9 +125,19 @@ def check_crd(resource: dict) -> None:
     crd_validator(resource["kind"]).validate(resource)
 
 
-def check_pods(spec: dict) -> None:
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
+def pods(spec: dict) -> list[dict]:
+    """Of a Ray cluster."""
+    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
+def submitter() -> dict:
+    """The pod that submits a RayJob."""
+    return read("kuberay/rayjob.yaml")["spec"]["submitterPodTemplate"]["spec"]
+
+
+def check_pods(specs: list[dict]) -> None:
+    for spec in specs:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
@@ -131,7 +147,7 @@ def test_kuberay_knows_every_field(name: str) -> None:
 
 
 def test_kubernetes_knows_every_field_of_the_pods_and_of_the_volume() -> None:
-    check_pods(read("kuberay/raycluster.yaml")["spec"])
+    check_pods([*pods(read("kuberay/raycluster.yaml")["spec"]), submitter()])
     kubernetes_validate.validate(read("kuberay/storage.yaml"), KUBERNETES, strict=True)
 
 
@@ -163,7 +179,7 @@ def test_a_misspelt_field_of_a_pod_is_rejected(where: str) -> None:
     spec = read("kuberay/raycluster.yaml")["spec"]
     MISTAKES[where](spec)
     with pytest.raises(kubernetes_validate.ValidationError):
-        check_pods(spec)
+        check_pods(pods(spec))
 
 
 def test_the_two_ray_clusters_are_one() -> None:
@@ -174,11 +190,14 @@ def test_the_two_ray_clusters_are_one() -> None:
 
 def test_every_volume_that_is_mounted_is_there_and_every_pod_may_run_as_a_plain_user() -> None:
     spec = read("kuberay/raycluster.yaml")["spec"]
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        pod = group["template"]["spec"]
+    drops_all = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for pod in (*pods(spec), submitter()):
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
+        assert [c["securityContext"] for c in pod["containers"]] == [drops_all]
+    assert spec["autoscalerOptions"]["securityContext"] == drops_all, "a second container of the head's pod"
+    for pod in pods(spec):
         [only] = pod["containers"]
         assert {m["name"] for m in only["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
         assert only["resources"]["requests"]["memory"] == only["resources"]["limits"]["memory"]
     claims = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
     assert claims == [read("kuberay/storage.yaml")["metadata"]["name"]]
@@ -212,6 +231,18 @@ def test_the_autoscaler_starts_a_node_for_every_rollout_worker_up_to_the_most() 
     types = prepared["available_node_types"]
     added, left = get_nodes_for(types, present, prepared["head_node_type"], room, waiting, score)
     assert (added, left) == ({"rollout": workers.max - workers.min}, [worker])
+
+
+def test_containers_on_machines_of_ones_own_get_the_token_of_the_shared_file_system(tmp_path: Path) -> None:
+    """By the command that `ray up` gives each machine, and a stand-in for Docker."""
+    docker = read("ray-cluster-local.yaml")["docker"]
+    (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "docker").chmod(0o755)
+    (tmp_path / "ray-token").write_text("0123456789abcdef\n")
+    options = [option.replace("/mnt/shared/", f"{tmp_path}/") for option in docker["run_options"]]
+    command = docker_start_cmds("ubuntu", docker["image"], {}, "x", options, "stepgrpo", "/home", "docker")
+    done = subprocess.run(["bash", "-c", command], env={"PATH": f"{tmp_path}:{PATH}"}, capture_output=True, text=True)
+    assert {"RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN=0123456789abcdef"} <= set(done.stdout.splitlines())
 
 
 # ---- Docker
@@ -338,11 +369,16 @@ def test_a_slurm_job_whose_nodes_do_not_join_says_so_and_ends(slurm: Callable, t
 
 
 def test_a_slurm_job_near_its_time_limit_ends_in_order_and_is_queued_again(slurm: Callable, tmp_path: Path) -> None:
-    job = slurm(*run_args(tmp_path), nodes=1)
-    assert any("nodes joined Ray" in line for line in job.stdout)
+    job = slurm(*run_args(tmp_path), "train.num_batches=100000", nodes=1)
+    directory = tmp_path / "quickstart"
+    while not (directory / "metrics.jsonl").exists():  # of the first batch
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.2)
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate()
     assert job.returncode == 0 and "the job is queued again" in output
+    assert json.loads((directory / "summary.json").read_text())["status"] == "interrupted"
+    assert (directory / "model" / "model.safetensors").exists()
     assert (tmp_path / "scontrol").read_text().startswith("requeue ")
 
 

@@ -30,6 +30,15 @@ MEMORY = 150 << 20
 NOBODY = "127.0.0.1:1"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_gpus(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For nvidia-smi and Ray this machine has no GPU, whether it has one or not."""
+    directory = tmp_path_factory.mktemp("bin")
+    lists_gpus(directory)
+    environment.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    environment.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture(scope="module")
 def cluster(environment: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """One node of two CPUs, which examinations join by themselves."""
@@ -44,6 +53,13 @@ def cluster(environment: pytest.MonkeyPatch) -> Iterator[Cluster]:
 def alone(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cluster to join."""
     monkeypatch.delenv("RAY_ADDRESS")
+
+
+def lists_gpus(directory: Path, *gpus: str) -> None:
+    """Make an nvidia-smi there."""
+    smi = directory / "nvidia-smi"
+    smi.write_text("".join(["#!/bin/sh\n", *(f"echo '{gpu}'\n" for gpu in gpus)]))
+    smi.chmod(0o755)
 
 
 def settings(tmp_path: Path, *overrides: str) -> Config:
@@ -166,7 +182,9 @@ input()
     ]
 
 
-def test_a_node_that_differs_is_named_with_what_differs(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_node_that_differs_is_named_with_what_differs(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The odd node has another transformers, a clock five seconds ahead, few open files and an old GPU of 8 GB."""
     distribution(tmp_path / "site", "transformers", "0.0.1")
     (tmp_path / "site" / "sitecustomize.py").write_text(
@@ -175,15 +193,15 @@ def test_a_node_that_differs_is_named_with_what_differs(cluster: Cluster, tmp_pa
         "true_time = time.time\n"
         "time.time = lambda: true_time() + 5\n"
     )
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text("#!/bin/sh\necho 'Tesla T4, 8000, 4000, 7.5, 535.1'\n")
-    smi.chmod(0o755)
+    old = tmp_path / "bin"
+    old.mkdir()
+    lists_gpus(old, "Tesla T4, 8000, 4000, 7.5, 535.1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     odd = cluster.add_node(
         num_cpus=1,
         num_gpus=2,
         object_store_memory=MEMORY,
-        env_vars={"PYTHONPATH": str(tmp_path / "site"), "PATH": f"{smi.parent}:{os.environ['PATH']}"},
+        env_vars={"PYTHONPATH": str(tmp_path / "site"), "PATH": f"{old}:{os.environ['PATH']}"},
     )
     try:
         cluster.wait_for_nodes()

@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[1]
 GRAFANA = ROOT / "cluster" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "stepgrpo.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-NOT_HERE = {"GPU use", "GPU memory"}
-"""Panels of what this machine does not have."""
+OF_GPUS = {"GPU use", "GPU memory"}
+"""Panels that a machine without GPUs leaves empty."""
 RARE = {"closing/logprob", "closing/logprob_rewarded", "closing/logprob_punished"}
 """Of confident exits in batches that teach: a short run may have none."""
 GAUGES = [f'ray_{metric(name)}{{run="$run"}}' for name in METRICS if name not in RARE]
@@ -93,7 +93,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
         "--log.level=error",
     ]
     prometheus = Prometheus(port, "watched")
-    queries = [t["expr"] for p in PANELS if p["title"] not in NOT_HERE for t in p["targets"]] + GAUGES
+    queries = [t["expr"] for p in PANELS if p["title"] not in OF_GPUS for t in p["targets"]] + GAUGES
 
     def all_answered() -> bool:
         queries[:] = [q for q in queries if not prometheus.values(q)]
@@ -120,8 +120,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda p: p["title"])
 def test_a_panel_has_data_of_a_run(watched: Prometheus, panel: dict[str, Any]) -> None:
+    if panel["title"] in OF_GPUS and shutil.which("nvidia-smi"):
+        pytest.skip("no machine with GPUs has been seen by this test: whether Ray has told of them by now is not known")
     for target in panel["targets"]:
-        assert bool(watched.values(target["expr"])) == (panel["title"] not in NOT_HERE), target["expr"]
+        assert bool(watched.values(target["expr"])) == (panel["title"] not in OF_GPUS), target["expr"]
 
 
 def test_throughput_is_counted(watched: Prometheus) -> None:
