@@ -36,7 +36,7 @@ def brief(error: Exception, limit: int = 160) -> str:
 
 def masked(text: str) -> str:
     """An address, or a text with some in it, without user names and passwords."""
-    return re.sub(r"(^|//)[^/\s]*@", r"\1***@", text)
+    return re.sub(r"(//|^(?=[^/\s@]*:))[^/\s]*@", r"\1***@", text)
 
 
 def is_own(name: str) -> bool:

@@ -41,7 +41,7 @@ def claim(directory: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as e:
-        raise ConfigError(f"runs_dir: got {directory.parent}, cannot be written ({e.strerror})") from None
+        raise _unwritable(directory, e) from None
 
 
 def is_free(directory: Path) -> bool:
@@ -60,7 +60,7 @@ def alone(directory: Path, what: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / _LOCK).open("a+")  # who does not get it leaves the holder's name there
     except OSError as e:
-        raise ConfigError(f"runs_dir: got {directory.parent}, cannot be written ({e.strerror})") from None
+        raise _unwritable(directory, e) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,9 +68,12 @@ def alone(directory: Path, what: str) -> Iterator[None]:
             lock.seek(0)
             who = lock.read().strip() or "which does not say where"
             raise ConfigError(f"{directory}: another {what} works here ({who}); wait for it, or stop it") from None
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()}, process {os.getpid()}\n")
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+            lock.flush()
+        except OSError as e:
+            raise _unwritable(directory, e) from None
         over = threading.Event()
         toucher = threading.Thread(target=_touch, args=(lock.fileno(), over), daemon=True)
         toucher.start()
@@ -83,6 +86,10 @@ def alone(directory: Path, what: str) -> Iterator[None]:
                 lock.truncate(0)
             if is_free(directory):
                 (directory / _LOCK).unlink(missing_ok=True)
+
+
+def _unwritable(directory: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"runs_dir: got {directory.parent}, cannot be written ({error.strerror})")
 
 
 def _touch(file: int, over: threading.Event) -> None:

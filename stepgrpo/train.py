@@ -637,7 +637,7 @@ class Loop:
         async with self._keeping:
             await asyncio.gather(*(ask(*who) for who in (*workers, *ranks)))
             with suppress(Exception):
-                self._had[self], spans = self._spans.fetch(self._had.get(self, 0))
+                self._had["driver"], spans = self._spans.fetch(self._had.get("driver", 0))
                 keep("driver", whereabouts().node, spans)
 
     async def _raise_dead_rank(self, during: str = "rest") -> None:

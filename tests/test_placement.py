@@ -149,6 +149,12 @@ def test_a_run_lies_as_printed_takes_a_node_that_comes_and_leaves_one_that_is_dr
         gcs = ray._private.worker.global_worker.gcs_client
         assert gcs.drain_node(old, 2, "spot", int((time.time() + SECONDS) * 1000))[0]
         wait("work without the drained node", lambda: generated(1, event("left")))
+        trained = {draw for line in lines("draws") for draw in (*line["trained"], *line["filtered"])}
+
+        def done() -> set[int]:
+            return {s["draw"] for s in lines("spans") if s["name"] == "generate"}
+
+        wait("all that was done, also by the worker that left", lambda: trained <= done())
     finally:
         process.terminate()
         process.wait(SECONDS)

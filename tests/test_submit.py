@@ -25,7 +25,7 @@ import pytest
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 
-from stepgrpo.config import ConfigError
+from stepgrpo.config import ConfigError, masked
 from stepgrpo.launch import SCRATCH
 from stepgrpo.rundir import read_json_lines
 from stepgrpo.submit import ADDRESS, EXCLUDES, connect, given_address, prepare, upload
@@ -233,6 +233,8 @@ def test_a_password_in_an_address_is_not_shown(project: Path) -> None:
         with pytest.raises(ConfigError) as error:
             refuse(given)
         assert "***@127.0.0.1:" in str(error.value) and "w0rd" not in str(error.value)
+    for text in ("runs@night/one", "me: nobody@here", "http://here:1"):
+        assert masked(text) == text
 
 
 def test_what_is_counted_is_what_ray_packs(project: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from stepgrpo.config import ConfigError, brief
+from stepgrpo.config import ConfigError, brief, masked
 
 CHUNK = 8 << 20
 """Most bytes of one read: a long file arrives in several, and no request takes long."""
@@ -36,15 +36,16 @@ def opened(source: str) -> tuple[AbstractFileSystem, str]:
     Raises:
         ConfigError: nothing is there, or fsspec cannot open it.
     """
+    name = masked(source)
     if source.startswith(("http:", "https:")):
-        raise ConfigError(f"{source}: takes a run directory or its URL (s3://...); open a dashboard's URL in a browser")
+        raise ConfigError(f"{name}: takes a run directory or its URL (s3://...); open a dashboard's URL in a browser")
     try:
         # The run writes there: a listing from memory would be old.
         fs, root = url_to_fs(source, use_listings_cache=False)
         if not fs.isdir(root):
-            raise ConfigError(f"{source}: is no directory; takes a run directory, or one that holds some (runs)")
+            raise ConfigError(f"{name}: is no directory; takes a run directory, or one that holds some (runs)")
     except (ImportError, ValueError, OSError) as e:
-        raise ConfigError(f"{source}: takes a directory or a URL that fsspec can open ({brief(e)})") from None
+        raise ConfigError(f"{name}: takes a directory or a URL that fsspec can open ({brief(e)})") from None
     return fs, root.rstrip("/")
 
 
