@@ -134,7 +134,7 @@ class Pool:
         run_dir: Path | None = None,
     ) -> None:
         self._make, self._reserve, self._limits, self._capacity = make, reserve, limits, capacity
-        self._starting = [asyncio.Lock() for _ in range(limits.max)]
+        self._starting = [asyncio.Lock() for _ in range(limits.max)]  # of each place; `asleep` holds them all
         self._health_seconds, self._start_timeout = health_seconds, start_timeout
         self._display, self._run_dir = display, run_dir
         self.failures = Failures(max_failures)
