@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS = "RAY_API_SERVER_ADDRESS"
+AUTH_MODE = "RAY_AUTH_MODE"
+NO_AGENT = (
+    "the head's agent does not answer. Just after its start: try again. Else it is not there, mostly because another Ray "
+    "on the machine has its port: `dashboard_agent.log` says so, and `ray start --dashboard-agent-listen-port=…` takes "
+    "another"
+)
 EXCLUDES = ("/runs", "/wandb", ".*_cache")
 """What is never sent, as lines of a .gitignore; Ray adds .git, .venv, venv and __pycache__."""
 STOP_SECONDS = 300
@@ -68,7 +74,7 @@ class Job:
         words = ["ray", "job", "submit", "--working-dir", "."]
         words += ["--submission-id", self.submission_id] if self.submission_id else []
         words += ["--runtime-env-json", json.dumps({**self.runtime_env, "env_vars": shown}), "--"]
-        line = f"{ADDRESS}={shlex.quote(masked(address))} {shlex.join(words)} {self.entrypoint}"
+        line = f"{_reaching(address)} {shlex.join(words)} {self.entrypoint}"
         for name in self.secrets:
             # Ends the single quotes of the JSON, and begins them anew.
             line = line.replace(f"\\u0000{name}\\u0000", f"'\"${name}\"'")
@@ -278,6 +284,8 @@ def connect(address: str) -> JobSubmissionClient:
         headers = json.loads(os.environ.get("RAY_JOB_HEADERS", "null"))  # as `ray job` has it
         return JobSubmissionClient(headers=headers)
     except AuthenticationError as e:
+        if AUTH_MODE not in os.environ and _take_token():
+            return connect(address)
         raise ConfigError(
             f"--address: {masked(address)} lets nobody in without its token ({brief(e, 60)}); set RAY_AUTH_MODE=token, "
             "and RAY_AUTH_TOKEN unless ~/.ray/auth_token has it"
@@ -287,6 +295,20 @@ def connect(address: str) -> JobSubmissionClient:
             f"--address: got {masked(address)}, no Ray job server answers there ({brief(e)}); start one with `ray "
             "start --head`, name another, or forward its port (Kubernetes: kubectl port-forward svc/NAME-head-svc 8265)"
         ) from None
+
+
+def _take_token() -> bool:
+    """Use this machine's token, if there is one, as `ray start` and `ray.init` do unasked, and `ray job` does not."""
+    from ray._private.authentication import authentication_token_setup as setup
+
+    logging.getLogger(setup.__name__).setLevel(logging.ERROR)  # it speaks of a cluster that it takes for a new one
+    return setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def _reaching(address: str) -> str:
+    """Variables for a `ray job` that is to reach the same job server."""
+    mode = os.environ.get(AUTH_MODE, "")
+    return f"{ADDRESS}={shlex.quote(masked(address))}" + (f" {AUTH_MODE}=token" if mode.lower() == "token" else "")
 
 
 def submit(client: JobSubmissionClient, job: Job) -> str:
@@ -303,6 +325,7 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
         )
     except (OSError, RuntimeError, ValueError) as e:
         cause = str(e).strip(".\n").splitlines()[-1]  # of the server's traceback
+        cause = NO_AGENT if "No available agent" in cause else cause
         raise ConfigError(masked(f"{client.get_address()}: does not take the job ({cause})")) from None
 
 
@@ -341,7 +364,7 @@ def attend(client: JobSubmissionClient, job: str, display: Display) -> int:
 
 def ways(client: JobSubmissionClient, job: str) -> str:
     """Commands to follow and to stop a job."""
-    address = f"{ADDRESS}={shlex.quote(masked(client.get_address()))}"
+    address = _reaching(client.get_address())
     return f"to follow it: {address} ray job logs -f {job}\nto stop it:   {address} ray job stop {job}"
 
 

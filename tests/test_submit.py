@@ -285,6 +285,12 @@ def test_without_its_token_a_cluster_says_what_to_set(project: Path, head: Head)
     assert status == 2 and "lets nobody in without its token" in output and "set RAY_AUTH_MODE=token" in output
 
 
+def test_a_token_that_is_there_is_used_without_being_asked_for(head: Head) -> None:
+    code = f"from stepgrpo import submit; submit.connect({head.address!r}); print(submit._reaching('x'))"
+    status, output = head.result("env", "-u", "RAY_AUTH_MODE", sys.executable, "-c", code)
+    assert (status, output) == (0, f"{ADDRESS}=x RAY_AUTH_MODE=token\n"), output
+
+
 def test_the_printed_command_does_the_same_when_pasted_and_shows_no_secret(project: Path, head: Head) -> None:
     (project / "mine.py").write_text("import os\nraise ValueError('the secret is ' + os.environ['SECRET'])\n")
     head.env["SECRET"] = "it's; secret"
@@ -294,7 +300,9 @@ def test_the_printed_command_does_the_same_when_pasted_and_shows_no_secret(proje
     command, *rest = output.splitlines()
     assert status == 2, output  # of a setting that `train` refuses
     assert "the secret is it's; secret" in "".join(rest)
-    assert command.startswith(f"{ADDRESS}={head.address} ray job submit --working-dir . ") and "it's" not in command
+    assert (
+        command.startswith(f"{ADDRESS}={head.address} RAY_AUTH_MODE=token ray job submit --") and "it's" not in command
+    )
 
     head.env["RAY_ADDRESS"] = "http://127.0.0.1:1"  # the command says where itself
     assert head.result(*submit, f"--address={head.address}", "--dry-run")[1].splitlines()[0] == command
