@@ -36,7 +36,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 AUTH_MODE = "RAY_AUTH_MODE"
 NO_AGENT = (
-    "the head's agent does not answer. Just after its start: try again. Else it is not there, mostly because another Ray "
+    "the head's agent does not answer. Just after its start: try again. Else it is not there, mostly for another Ray "
     "on the machine has its port: `dashboard_agent.log` says so, and `ray start --dashboard-agent-listen-port=…` takes "
     "another"
 )

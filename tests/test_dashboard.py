@@ -105,6 +105,7 @@ def test_the_pages_show_the_figures_of_the_files(run: Path) -> None:
         before, after = (100 * evaluations[i]["accuracy"]["mean"] for i in (0, -1))
         expect(tile(page, "Accuracy")).to_contain_text(f"held out: {before:.1f} → {after:.1f} %")
         assert page.locator("#recent tr").count() == len(lines(run / "events.jsonl"))
+        assert "[object" not in page.locator("#recent").inner_text()
         assert page.evaluate("runs[0].curves['rollout/tokens'].length") == len(rows)
         expect(page.locator("#curves .plot:has(svg.main-svg)")).to_have_count(11)
 

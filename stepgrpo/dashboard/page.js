@@ -205,8 +205,11 @@ function eventTable(run, most) {
   if (!events.length) return empty(missing(run, 'events.jsonl'));
   return el('table', {class: 'events'}, el('tbody', {}, ...events.map(({time: when, kind, ...rest}) =>
     el('tr', {class: LOSSES.test(kind) && 'loss'}, el('th', {scope: 'row'}, when ? new Date(when * 1000).toLocaleString() : ''), el('td', {}, el('b', {}, String(kind))),
-      el('td', {}, Object.entries(rest).filter(([, v]) => v !== null && v !== '' && String(v) !== '').map(([k, v]) => `${k} ${k === 'bytes' ? size(v) : v}`).join(' · '))))));
+      el('td', {}, Object.entries(rest).filter(([, v]) => v !== null && v !== '' && String(v) !== '').map(([k, v]) => `${k} ${k === 'bytes' ? size(v) : said(v)}`).join(' · '))))));
 }
+
+// A placement is of nodes, whose ids are long, and the actors on each.
+const said = v => typeof v === 'object' ? Object.entries(v).map(([node, actors]) => `${node.slice(0, 8)}: ${[actors].flat().join(', ')}`).join('; ') : v;
 
 const many = (n, word) => `${number(n, 0)} ${word}${n === 1 ? '' : 's'}`;
 const size = bytes => bytes < 1e6 ? `${number(bytes / 1e3, 0)} kB` : bytes < 1e9 ? `${number(bytes / 1e6, 1)} MB` : `${number(bytes / 1e9, 1)} GB`;
