@@ -2,7 +2,7 @@
 
     python bench/checkpoint.py [--layers 12] [--repetitions 5] [--place DIRECTORY]
 
-One rank under DeepSpeed with a random Qwen3 (12 layers: 113 M parameters, 1.4 GB of training state). In turns:
+One rank under DeepSpeed with a random Qwen3 (12 layers: 107 M parameters, 1.3 GB of training state). In turns:
 `snapshot` copies weights and optimizer, `put` writes the copy with its checksum and fsync, `restore` reads it again. By
 their side, on the same bytes: a plain copy in memory, and a plain file written with fsync.
 """
