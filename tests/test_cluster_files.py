@@ -368,6 +368,14 @@ def test_a_slurm_job_whose_nodes_do_not_join_says_so_and_ends(slurm: Callable, t
     assert "1 of 2 nodes joined Ray" in output and "(STEPGRPO_JOIN_SECONDS)" in output
 
 
+def test_a_slurm_job_whose_head_dies_does_not_wait_for_its_nodes(slurm: Callable, tmp_path: Path) -> None:
+    (tmp_path / "bin" / "ray").write_text("#!/bin/sh\necho no port >&2; exit 3\n")
+    (tmp_path / "bin" / "ray").chmod(0o755)
+    job = slurm(*run_args(tmp_path), nodes=1)
+    output, _ = job.communicate()
+    assert job.returncode == 3 and "no port" in output and "Ray's logs" in output
+
+
 def test_a_slurm_job_near_its_time_limit_ends_in_order_and_is_queued_again(slurm: Callable, tmp_path: Path) -> None:
     job = slurm(*run_args(tmp_path), "train.num_batches=100000", nodes=1)
     directory = tmp_path / "quickstart"
