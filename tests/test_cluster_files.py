@@ -377,7 +377,7 @@ def test_a_slurm_job_whose_head_dies_does_not_wait_for_its_nodes(slurm: Callable
 
 
 def test_a_slurm_job_near_its_time_limit_ends_in_order_and_is_queued_again(slurm: Callable, tmp_path: Path) -> None:
-    job = slurm(*run_args(tmp_path), "train.num_batches=100000", nodes=1)
+    job = slurm(*run_args(tmp_path), "train.num_batches=100000", nodes=1, SLURM_CPUS_PER_TASK="2")
     directory = tmp_path / "quickstart"
     while not (directory / "metrics.jsonl").exists():  # of the first batch
         assert job.poll() is None, job.stdout.read()
