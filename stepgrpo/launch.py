@@ -58,8 +58,8 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
     private: str | None = None
     if address:
         try:
-            _check_address(address)
-            ray.init(address=address, **quiet)
+            with _on_loopback() if _is_on_loopback(address) else contextlib.nullcontext():
+                ray.init(address=address, **quiet)
         except (OSError, ValueError, RuntimeError) as e:
             raise ConfigError(
                 f"cluster.address: got {masked(address)}, no Ray cluster answers there ({brief(e, 120)}); "
@@ -98,7 +98,8 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Ray opens all its ports on loopback, as by itself on macOS; on Linux no argument of `ray.init` asks for it."""
+    """Ray opens its ports on loopback, and looks for others there, as by itself on macOS. On Linux no argument of
+    `ray.init` asks for that: it takes 127.0.0.1 for this machine's address in the network."""
     from ray._private import ray_constants
 
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
@@ -157,13 +158,29 @@ def check_resources(total: dict[str, float], nodes: Sequence[dict[str, float]], 
                 )
 
 
-def _check_address(address: str) -> None:
-    """Knock first: Ray itself tries for five minutes before it gives up."""
+def _is_on_loopback(address: str) -> bool:
+    """Whether the Ray there is reached on loopback only, as one that ``session`` started.
+
+    Knocks first: Ray itself tries for five minutes before it gives up.
+
+    Raises:
+        OSError, ValueError: nobody answers, or it is no such address.
+    """
+    import ray
+
     if "://" in address:
         raise ValueError("takes host:port or auto; from outside a cluster use `ray job submit`")
     host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    if not (host and port.isdigit()):
+        return False
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=5).close()
+    except OSError:
+        return True
+    return False
 
 
 def _check_temp_dir(path: str) -> None:

@@ -1,6 +1,9 @@
 """What can be missing at the start is found at the start, with a message that says what to do."""
 
 import socket
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -61,3 +64,27 @@ def test_an_address_where_no_cluster_answers_is_an_error(monkeypatch):
         session(ClusterConfig(device="cpu", address="127.0.0.1:1"), []),
     ):
         pass
+
+
+JOIN = """
+import sys
+import ray
+from stepgrpo.config import ClusterConfig
+from stepgrpo.launch import session
+with session(ClusterConfig(device="cpu", address=sys.argv[1]), []):
+    print(ray.get(ray.remote(lambda: "joined").remote()))
+"""
+
+
+def test_a_local_ray_listens_on_loopback_where_others_may_join_it(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    program = "import ray, subprocess, sys\n" + textwrap.dedent("""
+        from stepgrpo.config import ClusterConfig
+        from stepgrpo.launch import session
+        with session(ClusterConfig(device="cpu", object_store_mb=100), []):
+            address = ray.get_runtime_context().gcs_address
+            assert address.startswith("127.0.0.1:"), address
+            sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1], address]).returncode)
+    """)
+    done = subprocess.run([sys.executable, "-c", program, JOIN], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == "joined\n", done.stderr
