@@ -294,6 +294,10 @@ class LearnerConfig(Section):
     """Keep optimizer state and master weights in host memory."""
     bucket_mb: PositiveInt = 256
     """Size of the flat buckets in which weights are published."""
+    full_every: PositiveInt = 1
+    """Weights are published whole at least every so many versions, and in between as what changed, bucket by bucket,
+    where that is smaller: of bfloat16 at a small learning rate a few percent. Above 1 each rank keeps its part of the
+    last version in host memory; in float32 nearly everything changes, and nothing is gained."""
 
 
 class TrainConfig(Section):

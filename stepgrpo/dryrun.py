@@ -208,7 +208,8 @@ class Plan:
     rollout_host: float
     """Bytes of host memory on each node with rollout workers, for weights."""
     learner_host: float
-    """Bytes of host memory of one learner rank, where its optimizer is offloaded or it sleeps."""
+    """Bytes of host memory of one learner rank: its offloaded optimizer, what it leaves the GPU to sleep, and the last
+    version it published."""
     trajectories: int
     """Of a rollout batch."""
     response_tokens: int
@@ -247,7 +248,9 @@ def explain(config: Config, gpu_memory: float = 80.0, gpus_per_node: int = 8) ->
     rollout, kv_bytes = _rollout_memory(config, shape, width, gpu_memory * GB)
     kv_tokens = int(kv_bytes // shape.kv_bytes(width))
     trajectories = tr.prompts_per_batch * ro.group_size
-    # Two versions may lie in the store: the newest, and the one before it until the last worker has fetched it.
+    # Two versions may lie in the store: the newest, and the one before it until the last worker has fetched it; that
+    # one perhaps with its differences, which together are smaller than it.
+    versions = 2 if lrn.full_every == 1 else 3
     waiting = (1 + tr.max_staleness) * trajectories * longest * TRAJECTORY_BYTES
     bundles = all_bundles(config)
     draft = Plan(
@@ -262,7 +265,7 @@ def explain(config: Config, gpu_memory: float = 80.0, gpus_per_node: int = 8) ->
         rollout=rollout,
         kv_tokens=kv_tokens,
         full_sequences=kv_tokens // config.max_model_len,
-        object_store=2 * weights + waiting,
+        object_store=versions * weights + waiting,
         rollout_host=(4 if cl.colocate else 3) * weights,
         learner_host=learner_host,
         trajectories=trajectories,
@@ -319,6 +322,8 @@ def _learner_memory(config: Config, shape: ModelShape, width: int) -> tuple[Memo
     host = 16 * own if offload else 0.0
     if on_gpu and config.cluster.colocate:
         host = sum(part.bytes for part in always[:4]) + 16 * own * offload
+    if lrn.full_every > 1:
+        host += width * own
     return Memory(tuple(always), (forward_backward, update)), host
 
 
@@ -470,14 +475,17 @@ def _facts(title: str, rows: list[tuple[str, str]]) -> Group:
 
 
 def _host_facts(p: Plan) -> list[tuple[str, str]]:
+    lrn = p.config.learner
     asleep = ", 1 of each engine that sleeps" if p.config.cluster.colocate else ""
+    differences = " and as much of differences" if lrn.full_every > 1 else ""
     rows = [
         ("each rollout node", f"{size(p.rollout_host)} for weights: 1 copy in the store, 2 in /dev/shm{asleep}"),
-        ("object store", f"{size(p.object_store)} in all: 2 versions of the weights, waiting groups"),
+        ("object store", f"{size(p.object_store)} in all: 2 versions of the weights{differences}, waiting groups"),
     ]
     if p.learner_host:
-        what = "while it sleeps" if p.config.cluster.colocate else "for the offloaded optimizer"
-        rows.append(("each learner rank", f"{size(p.learner_host)} {what}"))
+        of = {"while it sleeps": p.config.cluster.colocate, "for the offloaded optimizer": lrn.offload_optimizer}
+        what = [w for w, so in of.items() if so][:1] + ["for the last published version"] * (lrn.full_every > 1)
+        rows.append(("each learner rank", f"{size(p.learner_host)} {' and '.join(what)}"))
     return rows
 
 

@@ -82,6 +82,8 @@ METRICS: dict[str, str] = {
     "workers/up": "Rollout workers that sample, when the batch is done.",
     "workers/deaths": "Rollout workers lost so far; `events.jsonl` says which and why.",
     "weights/bytes": "Bytes of one published version.",
+    "weights/sent": "Bytes put into the object store for it; fewer with `learner.full_every`, all after a restart.",
+    "weights/delta": "Share of the version of which only what changed was put there.",
     "time/batch": "Seconds from the previous batch's end to this one's. Times stand on a batch's last update.",
     "time/wait": "Seconds the learner waited for the batch to close.",
     "time/generate": "Seconds in which at least one rollout was in flight.",

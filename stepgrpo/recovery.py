@@ -35,6 +35,7 @@ _MAY_CHANGE = (
     "learner.gradient_checkpointing",
     "learner.offload_optimizer",
     "learner.bucket_mb",
+    "learner.full_every",
     "reward.grade_timeout",
     "reward.grade_memory_mb",
     "reward.grade_processes",

@@ -370,7 +370,7 @@ class Loop:
             start = time.monotonic()
             results = await self._on_ranks(f"the update on batch {batch.index}", lambda r: r.update.remote(plan, refs))
             trained = time.monotonic()
-            size = await self._publish(batch.index + 1)
+            weights = await self._publish(batch.index + 1)
             published = time.monotonic()
 
             self._mark_busy()
@@ -387,7 +387,9 @@ class Loop:
                 "time/sync": self._sync_seconds,
                 "time/paused": max(self._pauses, default=math.nan),
                 "rate/tokens": sum(f.num_tokens for s in used.values() for f in s.graded.facts) / (published - last),
-                "weights/bytes": size,
+                "weights/bytes": weights.num_bytes,
+                "weights/sent": weights.whole_bytes + weights.difference_bytes,
+                "weights/delta": 1 - weights.whole_bytes / weights.num_bytes,
                 "store/spilled": self._spilled,
                 **self._saved,
                 "workers/up": len(self.pool.seats),
@@ -516,12 +518,12 @@ class Loop:
         if finding:
             self.display.warn(f"{where}: {finding}")
 
-    async def _publish(self, version: int) -> int:
-        """The learner's weights into the object store; workers fetch them while they go on decoding. Their bytes."""
+    async def _publish(self, version: int) -> WeightVersion:
+        """The learner's weights into the object store; workers fetch them while they go on decoding."""
         parts = await self._on_ranks(f"weights {version}", lambda r: r.publish.remote(version))
         self.weights = WeightVersion(version, tuple(m for m, _ in parts), tuple(tuple(b) for _, b in parts))
         self._tasks.create_task(self._spread())
-        return self.weights.num_bytes
+        return self.weights
 
     async def _spread(self) -> None:
         start = time.monotonic()

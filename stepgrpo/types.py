@@ -261,7 +261,7 @@ class GradedGroup:
 
 @dataclass(frozen=True, slots=True)
 class WeightVersion:
-    """Published weights: each learner rank's manifest (``weights.Manifest``) and the object references of its buckets.
+    """Published weights: each learner rank's manifest (``weights.Manifest``) and references to its buckets' objects.
 
     References stay nested in tuples, which Ray passes on without fetching; nobody pickles them by hand, because that
     pins the object for the life of the process.
@@ -274,3 +274,13 @@ class WeightVersion:
     @property
     def num_bytes(self) -> int:
         return sum(sum(m.sizes) for m in self.manifests)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of the buckets that were put whole for it."""
+        return sum(m.whole_bytes for m in self.manifests)
+
+    @property
+    def difference_bytes(self) -> int:
+        """Of what was put for it in the place of the others."""
+        return sum(m.difference_bytes for m in self.manifests)

@@ -150,6 +150,17 @@ def test_without_a_kl_term_no_reference_is_counted() -> None:
     assert with_kl - without == 2 * 8_190_735_360 / 4
 
 
+def test_publishing_what_changed_keeps_a_version_on_the_host_and_its_differences_in_the_store() -> None:
+    settings = [config("8b", f"learner.full_every={n}") for n in (2, 1)]
+    on, off = map(explain, settings)
+    weights = 2 * 8_190_735_360
+    assert on.learner_host - off.learner_host == weights / 4
+    assert on.object_store - off.object_store == weights
+    shown = [" ".join(text_of(c).split()) for c in settings]
+    assert ["for the last published version" in text for text in shown] == [True, False]
+    assert ["and as much of differences" in text for text in shown] == [True, False]
+
+
 def test_offloading_moves_the_optimizer_to_the_host() -> None:
     on, off = (explain(config("8b", f"learner.offload_optimizer={x}")) for x in ("false", "true"))
     assert on.learner_host == 0

@@ -30,7 +30,7 @@ from stepgrpo.reward.steps import make_step_rule
 from stepgrpo.spans import Spans
 from stepgrpo.types import GradedGroup, Group, IntArray
 from stepgrpo.watchdog import Whereabouts, whereabouts
-from stepgrpo.weights import Manifest, pack
+from stepgrpo.weights import Manifest, Publisher
 
 if TYPE_CHECKING:
     from stepgrpo.learner.engine import LearnerEngine
@@ -75,6 +75,9 @@ class LearnerWorker:
         self._with_reference = reward is not None and config.kl_coef > 0
         self._spans = Spans()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._publisher = Publisher(
+            rank=rank, bucket_bytes=config.bucket_mb << 20, put=ray.put, full_every=config.full_every
+        )
         self._fetched: dict[int, Group] = {}
         self._turn = asyncio.Lock()  # first come, first served: calls reach the thread in the order in which they began
         self._engine: LearnerEngine
@@ -243,19 +246,14 @@ class LearnerWorker:
         return self._engine.update(batches, partial(nll_loss, scale=1 / num_tokens), lr=self._next_lr())
 
     async def publish(self, version: int) -> tuple[Manifest, list[Any]]:
-        """Put this rank's pieces of the weights into the object store; copied by the time it returns."""
+        """Put this rank's pieces of the weights, or what has changed in them, into the object store; copied by the time
+        it returns."""
 
         def publish() -> tuple[Manifest, list[Any]]:
             with self._spans.span("publish", version=version) as span:
-                manifest, buckets = pack(
-                    self._engine.shards(),
-                    version=version,
-                    rank=self._rank,
-                    bucket_bytes=self._config.bucket_mb << 20,
-                    put=ray.put,
-                )
-                span["bytes"] = sum(manifest.sizes)
-            return manifest, buckets
+                manifest, refs = self._publisher.publish(version, self._engine.shards())
+                span["bytes"] = manifest.whole_bytes + manifest.difference_bytes
+            return manifest, refs
 
         return await self._run(publish)
 

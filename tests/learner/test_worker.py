@@ -222,6 +222,23 @@ async def test_a_plan_without_its_groups_is_refused(model_dir: str):
     await worker.close()
 
 
+async def test_versions_published_as_what_changed_are_the_weights_of_each(model_dir: str, local_ray: None):
+    """With steps so small that float32 does not change everywhere."""
+    worker = await one_rank(model_dir, config_of(lr=3e-10, weight_decay=0.0, full_every=3))
+    rng = np.random.default_rng(5)
+    pairs = [(rng.integers(0, VOCAB, 3), rng.integers(0, VOCAB, 8))]
+    put = []
+    for version in range(1, 5):
+        manifest, refs = await worker.publish(version)
+        put.append((manifest.whole_bytes > 0, manifest.difference_bytes > 0))
+        published = whole([(manifest, ray.get(list(refs)))])
+        for piece in worker._engine.shards():
+            assert np.array_equal(published[piece.name], piece.data.view(np.float32)), f"{piece.name} of {version}"
+        await worker.train_pairs([ready(pairs)])
+    assert put == [(True, False), (False, True), (False, True), (True, False)]
+    await worker.close()
+
+
 async def test_two_actors_train_publish_and_save_as_one_does(model_dir: str, local_ray: None, tmp_path: Path):
     groups = [make_group(d) for d in range(5)]
     rng = np.random.default_rng(5)
