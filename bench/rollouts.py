@@ -1,21 +1,34 @@
 """Useful tokens per second of the truncated rollout, against loops that wait for their probes.
 
-    python bench/rollouts.py [--repetitions 5]
+    python bench/rollouts.py [--quick] [--miniature]      # bench/results/rollouts.json
 
-Every loop answers the same prompts within the same budget, on one vLLM engine, with the settings of
-`configs/quickstart.yaml` (every trigger of every trajectory is probed), and decides by the same code:
+N trajectories are in flight on one vLLM engine; where one ends the next problem's begins, and what is measured lies
+between warm-up and the end. Their lengths are long-tailed and follow a script (`script.py`), so that all loops sample
+and decide the same trajectories, by the same code:
 
-    plain     sampling without any probe: the upper bound
+    plain     sampling without any probe, of the lengths that the others end up with: the upper bound
     ours      stepgrpo.actors.rollout: probing while it goes on thinking
-    pausing   one coroutine per trajectory, which waits for each of its probes
-    rounds    everyone thinks to the next trigger, all wait, everyone probes, all wait: the loop of the code released
-              with the method (arXiv 2604.16890), without its faults
+    groups    ours, but a group's places are free for others only when its last trajectory has ended (with `--loops`)
+    pausing   one coroutine per trajectory, which waits for each of its probes (with `--loops`)
+    batches   everyone thinks to the next trigger, all wait, everyone probes, all wait, until the last of N trajectories
+              has ended; then the next N. The loop of the code released with the method (arXiv 2604.16890), without its
+              faults
+    rounds    the same, except that places which are free are filled at each barrier. That code does not do it: it is
+              the best that its design permits
 
-and, since trajectories that were cut are shorter, `ours` and `rounds` once more with a gate that never opens: what they
-lose against `plain` is the price of probing alone. `ours` then samples the very tokens of `plain`, which is checked.
+That they are the same is checked: a trajectory that two loops finished has the same length and cut in both, and
+`ours` samples the very tokens of `plain` up to its cut.
 
-Loops alternate within each repetition, which has draws, and so noise, of its own; the prefix cache is emptied in
-between. Ratios are taken within a repetition. Useful tokens are sampled ones that stay in a trajectory.
+Loops take turns within each repetition, which has problems of its own; the prefix cache is emptied in between. Ratios
+are taken within a repetition. Useful tokens are sampled ones that stay in a trajectory: what the engine decoded in the
+time measured, less the share of probes and of thrown away tokens in the trajectories that ended in it.
+
+Besides seconds there are two measures that other work on the machine disturbs less: CPU time of the engine's process,
+which is what limits all loops on an idle machine, and useful tokens per step of the engine, whose ratio is that of
+a device on which a step takes the same time for any number of sequences.
+
+`--miniature`: problems, lengths and decisions of the quickstart's task instead, whose steps are 14 tokens long. There a
+trajectory that nothing cuts is longer, so `plain` samples more.
 """
 
 from __future__ import annotations
@@ -24,65 +37,143 @@ import argparse
 import asyncio
 import copy
 import gc
+import itertools
+import json
 import os
+import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from figures import machine, spread, table
+import numpy as np
+import psutil
+import uvloop
+from figures import machine, spread
 
+from stepgrpo.actors import engine as vllm_engine
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
 from stepgrpo.actors.rollout import LATER, Chunk, Engine, Rollout, Sampling
-from stepgrpo.actors.truncation import Answer, ConfidencePolicy, Preset, Trigger, seed_for
-from stepgrpo.config import Config, ProbeConfig, RolloutConfig, load
+from stepgrpo.actors.truncation import Answer, Trigger, seed_for
+from stepgrpo.config import Config, RolloutConfig, load
 from stepgrpo.data import PromptStream, load_problems
 from stepgrpo.hub import eos_ids
 from stepgrpo.tokens import Codec
-from stepgrpo.types import Prompt, Trajectory
+from stepgrpo.types import Prompt
 
 ROOT = Path(__file__).parents[1]
-NUM_PROMPTS = (8, 16)
-YARDSTICK = "rounds"
+RESULTS = ROOT / "bench/results/rollouts.json"
+GROUP = 8
+LOOPS = "rounds,batches,ours,plain"
+EVERY_TRIGGER = ["rollout.control_fraction=0", "rollout.probe.probability=1"]
+SCRIPTED = [
+    "data.max_prompt_tokens=160",
+    "rollout.max_response_tokens=2048",
+    "rollout.probe.max_tokens=20",
+    "engine.max_num_seqs=256",
+    "engine.kv_cache_mb=512",
+    "engine.stream_interval=8",
+]
+
+Problems = Iterator[Prompt]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one trajectory, or all of a loop's, took."""
+    """What trajectories took, in tokens."""
 
-    useful: int
-    probes: int = 0
-    probe_tokens: int = 0
-    discarded: int = 0
+    useful: float = 0
+    probing: float = 0
+    discarded: float = 0
+    probes: float = 0
+    trajectories: float = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.useful + other.useful,
-            self.probes + other.probes,
-            self.probe_tokens + other.probe_tokens,
-            self.discarded + other.discarded,
-        )
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
-    def decoded(self) -> int:
-        return self.useful + self.probe_tokens + self.discarded
+    def decoded(self) -> float:
+        return self.useful + self.probing + self.discarded
 
 
-Loop = Callable[[Sequence[Prompt]], Awaitable[list[Work]]]
+class Mark(NamedTuple):
+    """Where a loop stands."""
+
+    seconds: float
+    decoded: int
+    steps: int
+    engine_cpu: float
+    reader_cpu: float
+    work: Work
+    """Of the trajectories that have ended."""
 
 
-class NeverConfident(ConfidencePolicy):
-    """Asks as the real gate does, and gives up on an answer where that would, but never opens."""
+@dataclass(slots=True)
+class Meter:
+    """What a loop reports while it runs."""
 
-    def __init__(self, config: ProbeConfig, preset: Preset, codec: Codec) -> None:
-        super().__init__(preset, codec)
+    bench: Bench
+    work: Work = field(default_factory=Work)
+    ended: dict[tuple[int, int], tuple[int, list[int]]] = field(default_factory=dict)
+    """Of each trajectory (draw and sample) its length and the tokens before its cut."""
+    marks: list[Mark] = field(default_factory=list)
 
-    def confident(self, answers: Sequence[Answer]) -> bool:
-        return False
+    def add(self, draw: int, sample: int, work: Work, length: int, kept: list[int]) -> None:
+        self.work += work
+        self.ended[draw, sample] = length, kept
+
+    def mark(self) -> None:
+        self.marks.append(self.bench.mark(self.work))
+
+
+Loop = Callable[[Problems, int, Meter], Awaitable[None]]
+"""Keeps so many trajectories in flight until it is cancelled, and marks where one may begin and end to measure."""
+
+
+async def streaming(rollout: Rollout, held: float, problems: Problems, num: int, meter: Meter) -> None:
+    """``held``: tokens of an aborted request that vLLM has decoded and not yet handed over, on average."""
+    samples = ((prompt, sample) for prompt in problems for sample in range(GROUP))
+
+    async def place() -> None:
+        for prompt, sample in samples:
+            t = await rollout.trajectory(prompt, sample)
+            response = t.token_ids[t.prompt_len :].tolist()
+            kept = response[: t.closing[0] - t.prompt_len] if t.closing else response
+            discarded = t.discarded_tokens + held * (t.closing is not None)
+            work = Work(int(t.sampled.sum()), t.probe_tokens, discarded, len(t.probes), 1)
+            meter.add(prompt.draw, sample, work, len(response), kept)
+
+    await _at_any_time(place, num, meter)
+
+
+async def whole_groups(rollout: Rollout, problems: Problems, num: int, meter: Meter) -> None:
+    """As many groups as fit whole; a place stays empty until the last trajectory of its group has ended."""
+
+    async def group() -> None:
+        for prompt in problems:
+            for t in (await rollout.group(prompt, GROUP)).trajectories:
+                meter.work += Work(int(t.sampled.sum()), t.probe_tokens, t.discarded_tokens, len(t.probes), 1)
+
+    await _at_any_time(group, num // GROUP, meter)
+
+
+async def _at_any_time(worker: Callable[[], Awaitable[None]], num: int, meter: Meter) -> None:
+    async def clock() -> None:
+        while True:
+            meter.mark()
+            await asyncio.sleep(0.1)
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(num):
+            tasks.create_task(worker())
+        tasks.create_task(clock())
 
 
 class Segments:
@@ -98,6 +189,7 @@ class Segments:
         [self.close] = rollout.codec.encode(rollout.think_close)
         self.response: list[int] = []
         self.num_segments = self.num_probes = self.probe_tokens = self.num_forced = 0
+        self.kept: int | None = None
         self.done = False
 
     @property
@@ -136,53 +228,63 @@ class Segments:
         confidence = preset.confidence(answer.logprobs, closed=answer.finish == "stop")
         if policy.confident([Answer(trigger, tuple(answer.token_ids), confidence)]):
             self.response[-1:] = self.probing.closing
+            self.kept = trigger.position
             self.num_forced = len(self.probing.closing)
 
     async def _whole(self, prompt: Sequence[int], sampling: Sampling) -> Chunk:
         async with aclosing(self.rollout.engine.generate(prompt, sampling)) as chunks:
             return await anext(chunks)
 
-    def work(self) -> Work:
-        cut_triggers = int(self.num_forced > 0)
-        return Work(len(self.response) - self.num_forced, self.num_probes, self.probe_tokens, cut_triggers)
+    def report(self, meter: Meter) -> None:
+        useful, cut = len(self.response) - self.num_forced, int(self.kept is not None)
+        _, draw, sample = self.key
+        work = Work(useful, self.probe_tokens, cut, self.num_probes, 1)
+        meter.add(draw, sample, work, len(self.response), self.response[: self.kept])
 
 
-async def streaming(rollout: Rollout, group_size: int, prompts: Sequence[Prompt]) -> list[Work]:
-    groups = await asyncio.gather(*(rollout.group(p, group_size) for p in prompts))
-    return [work_of(t) for g in groups for t in g.trajectories]
+def _trajectories(rollout: Rollout, problems: Problems) -> Iterator[Segments]:
+    return (Segments(rollout, prompt, sample) for prompt in problems for sample in range(GROUP))
 
 
-def work_of(t: Trajectory) -> Work:
-    return Work(int(t.sampled.sum()), len(t.probes), t.probe_tokens, t.discarded_tokens)
+async def pausing(rollout: Rollout, problems: Problems, num: int, meter: Meter) -> None:
+    trajectories = _trajectories(rollout, problems)
+
+    async def place() -> None:
+        for trajectory in trajectories:
+            while not trajectory.done:
+                await trajectory.think()
+                if trajectory.asks:
+                    await trajectory.probe()
+            trajectory.report(meter)
+
+    await _at_any_time(place, num, meter)
 
 
-async def pausing(rollout: Rollout, group_size: int, prompts: Sequence[Prompt]) -> list[Work]:
-    async def one(trajectory: Segments) -> Work:
-        while not trajectory.done:
-            await trajectory.think()
-            if trajectory.asks:
-                await trajectory.probe()
-        return trajectory.work()
-
-    return await asyncio.gather(*(one(Segments(rollout, p, i)) for p in prompts for i in range(group_size)))
-
-
-async def rounds(rollout: Rollout, group_size: int, prompts: Sequence[Prompt]) -> list[Work]:
-    trajectories = [Segments(rollout, p, i) for p in prompts for i in range(group_size)]
-    while going_on := [t for t in trajectories if not t.done]:
+async def rounds(rollout: Rollout, refill: bool, problems: Problems, num: int, meter: Meter) -> None:
+    trajectories, going_on = _trajectories(rollout, problems), list[Segments]()
+    while True:
+        if refill or not going_on:
+            meter.mark()
+            going_on += itertools.islice(trajectories, num - len(going_on))
         await asyncio.gather(*(t.think() for t in going_on))
         await asyncio.gather(*(t.probe() for t in going_on if t.asks))
-    return [t.work() for t in trajectories]
+        for t in going_on:
+            if t.done:
+                t.report(meter)
+        going_on = [t for t in going_on if not t.done]
 
 
 class Whole:
-    """The same engine, without the parts of a response, which a loop that waits for its end has no use for."""
+    """The same engine, without the parts of a response, which a loop that waits for its end has no use for.
 
-    def __init__(self, engine: VllmEngine) -> None:
+    ``extra_args``: for the script.
+    """
+
+    def __init__(self, engine: VllmEngine, **extra_args: Any) -> None:
         from vllm.sampling_params import RequestOutputKind
 
         self._engine = engine
-        self._params = partial(engine._params, output_kind=RequestOutputKind.FINAL_ONLY)
+        self._params = partial(engine._params, output_kind=RequestOutputKind.FINAL_ONLY, extra_args=extra_args)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Chunk, None]:
         view = copy.copy(self._engine)
@@ -190,131 +292,241 @@ class Whole:
         return view.generate(prompt, sampling)
 
 
-def make_loops(engine: VllmEngine, config: Config) -> dict[str, Loop]:
-    path = Path(config.model.path)
-    codec, eos = Codec.from_dir(path), eos_ids(path)
-    whole = Whole(engine)
-
-    def rollout(on: Engine, settings: RolloutConfig) -> Rollout:
-        return Rollout(on, codec, settings, config.model.think_close, eos, config.seed)
-
-    probed = config.rollout
-    assert probed.probe is not None
-    never = probed.model_copy(
-        update={"probe": probed.probe.model_copy(update={"policy": f"{Path(__file__).stem}:NeverConfident"})}
-    )
-    size = probed.group_size
-    return {
-        "rounds": partial(rounds, rollout(whole, probed), size),
-        "pausing": partial(pausing, rollout(whole, probed), size),
-        "ours": partial(streaming, rollout(engine, probed), size),
-        "plain": partial(streaming, rollout(whole, probed.model_copy(update={"probe": None})), size),
-        "rounds, no exit": partial(rounds, rollout(whole, never), size),
-        "ours, no exit": partial(streaming, rollout(engine, never), size),
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One loop over one repetition's prompts."""
+    """One loop in steady state."""
 
     seconds: float
-    num: int
+    decoded: int
+    steps: int
+    """Of the engine, each a forward pass and a token for every sequence in it."""
+    engine_cpu: float
+    reader_cpu: float
     work: Work
+    """Of the trajectories that ended in it."""
 
     @property
-    def rate(self) -> float:
-        """Useful tokens per second."""
-        return self.work.useful / self.seconds
+    def useful(self) -> float:
+        return self.decoded * self.work.useful / self.work.decoded
 
 
-async def measure(engine: VllmEngine, loop: Loop, prompts: Sequence[Prompt]) -> Pass:
-    llm: Any = engine._llm
-    assert await llm.reset_prefix_cache()
-    start = time.perf_counter()
-    works = await loop(prompts)
-    return Pass(time.perf_counter() - start, len(works), sum(works, Work(0)))
+class Bench:
+    """One engine, its loops, and what it has done so far."""
+
+    def __init__(self, config: Config, scripted: bool) -> None:
+        self.decoded = self.steps = 0
+        if scripted:
+            make_args = vllm_engine.engine_args
+
+            def steered(*args: Any, **kwargs: Any) -> Any:
+                made = make_args(*args, **kwargs)
+                made.logits_processors = ["script:Scripted"]
+                made.hf_overrides = {"max_position_embeddings": config.max_model_len}
+                return made
+
+            # The product has no setting for it, for there is no use but this.
+            vllm_engine.engine_args = steered
+        self.engine = VllmEngine(
+            config.model.path,
+            config.model,
+            config.engine,
+            device="cpu",
+            max_model_len=config.max_model_len,
+            record=self._record,
+        )
+        self.reader = psutil.Process()
+        self.engine_processes = [psutil.Process(p.pid) for p in self.engine._processes]
+        self.loops = self._loops(config)
+
+    def _record(self, _: Any, iteration: Any) -> None:
+        if iteration is not None:
+            self.decoded += iteration.num_generation_tokens
+            self.steps += 1
+
+    def _loops(self, config: Config) -> dict[str, Loop]:
+        path = Path(config.model.path)
+        codec, eos = Codec.from_dir(path), eos_ids(path)
+
+        def rollout(engine: Engine, settings: RolloutConfig) -> Rollout:
+            return Rollout(engine, codec, settings, config.model.think_close, eos, config.seed)
+
+        whole: Any = Whole(self.engine)
+        whole_with_exits: Any = Whole(self.engine, exits=True)
+        waiting = rollout(whole, config.rollout)
+        probing = rollout(self.engine, config.rollout)
+        unprobed = rollout(whole_with_exits, config.rollout.model_copy(update={"probe": None}))
+        return {
+            "rounds": partial(rounds, waiting, True),
+            "batches": partial(rounds, waiting, False),
+            "pausing": partial(pausing, waiting),
+            "groups": partial(whole_groups, probing),
+            "ours": partial(streaming, probing, (config.engine.stream_interval - 1) / 2),
+            "plain": partial(streaming, unprobed, 0),
+        }
+
+    def mark(self, work: Work) -> Mark:
+        engine_cpu, reader_cpu = (
+            sum(sum(p.cpu_times()[:2]) for p in processes) for processes in (self.engine_processes, [self.reader])
+        )
+        return Mark(time.perf_counter(), self.decoded, self.steps, engine_cpu, reader_cpu, work)
+
+    async def measure(
+        self, loop: Loop, problems: Problems, num: int, warm_up: float, window: float
+    ) -> tuple[Pass, Meter]:
+        llm: Any = self.engine._llm
+        assert await llm.reset_prefix_cache()
+        meter, start = Meter(self), time.perf_counter()
+        running = asyncio.ensure_future(loop(problems, num, meter))
+
+        def warm() -> list[Mark]:
+            return [m for m in meter.marks if m.seconds - start >= warm_up]
+
+        while not (marks := warm()) or marks[-1].seconds - marks[0].seconds < window:
+            await asyncio.wait({running}, timeout=0.1)
+            if running.done():
+                running.result()
+        running.cancel()
+        await asyncio.wait({running})
+        return Pass(*(b - a for a, b in zip(marks[0], marks[-1], strict=True))), meter
 
 
-async def run(config: Config, repetitions: int) -> None:
-    from transformers import AutoTokenizer
+def scripted_problems(first: int, num: int) -> Problems:
+    """From draw ``first`` on. The first ``num`` trajectories are under way already, as those of a steady state are."""
+    import script
 
-    problems = load_problems(config.data.train, config.data, AutoTokenizer.from_pretrained(config.model.path))
-    stream = PromptStream(problems.items, config.seed)
-    engine = VllmEngine(
-        config.model.path, config.model, config.engine, device="cpu", max_model_len=config.max_model_len
-    )
+    for draw in itertools.count(first):
+        words = random.Random(draw).choices(script.WORDS, k=100)
+        starter = [script.STARTER] if (draw - first) * GROUP < num else []
+        ids = np.array([1, *starter, *words, script.THINK], np.int32)
+        yield Prompt(draw, f"script:{draw}", ids, "")
+
+
+def miniature_problems(stream: PromptStream, first: int, num: int) -> Problems:
+    return (stream[i] for i in itertools.count(first))
+
+
+def check_same(meters: dict[str, Meter], scripted: bool) -> None:
+    """That loops which finished the same trajectory sampled and decided alike."""
+    ours = meters["ours"].ended if "ours" in meters else {}
+    for name in meters.keys() - {"ours"}:
+        for key in ours.keys() & meters[name].ended.keys():
+            (length, kept), (other_length, other_kept) = ours[key], meters[name].ended[key]
+            if name == "plain":  # noise of its own after the cut
+                assert kept == other_kept[: len(kept)], f"ours and plain sampled other tokens: {key}"
+            elif scripted:  # noise of its own after the first probe
+                assert len(kept) == len(other_kept), f"ours and {name} cut at another place: {key}"
+            if scripted:
+                assert length == other_length, f"ours and {name} differ in length: {key}"
+
+
+async def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    bench = Bench(config, scripted=not args.miniature)
+    problems: Callable[[int, int], Problems] = scripted_problems
+    if args.miniature:
+        from transformers import AutoTokenizer
+
+        items = load_problems(config.data.train, config.data, AutoTokenizer.from_pretrained(config.model.path)).items
+        problems = partial(miniature_problems, PromptStream(items, config.seed))
+    names = args.loops.split(",")
+    results: dict[str, Any] = {}
     try:
-        loops = make_loops(engine, config)
-        for loop in loops.values():
-            await loop([stream[0]])
+        for name in names:
+            await bench.measure(bench.loops[name], problems(0, GROUP), GROUP, 0.0, 0.5)
         # A full collection of all that the libraries loaded takes a third of a second, and would fall on any one loop.
         gc.collect()
         gc.freeze()
-        for num_prompts in NUM_PROMPTS:
-            passes: dict[str, list[Pass]] = {name: [] for name in loops}
-            for r in range(repetitions):
-                prompts = [stream[1 + r * num_prompts + i] for i in range(num_prompts)]
-                names = list(loops)
-                for name in names[r % len(names) :] + names[: r % len(names)]:
-                    passes[name].append(await measure(engine, loops[name], prompts))
-            for free, probed in zip(passes["plain"], passes["ours, no exit"], strict=True):
-                assert free.work.useful == probed.work.useful, "probes that declined changed a trajectory"
-            report(passes, num_prompts * config.rollout.group_size, repetitions)
+        for num in args.in_flight:
+            passes: dict[str, list[Pass]] = {name: [] for name in names}
+            sampled: list[dict[str, Meter]] = []
+            for r in range(args.repetitions):
+                turn = r % len(names)
+                sampled.append({})
+                for name in names[turn:] + names[:turn]:
+                    # `batches` begins with all and ends with none, and is measured from the one to the other. None of
+                    # its trajectories is under way at first; of the others' they are those that are not, either.
+                    steady, warm_up = (0, 0.0) if name == "batches" else (num, 1 + num / 64)
+                    some = problems((1 + r) * 10_000 + (num - steady) // GROUP, steady)
+                    one, sampled[r][name] = await bench.measure(
+                        bench.loops[name], some, num, warm_up, window=4 + num / 32
+                    )
+                    passes[name].append(one)
+            print(f"\n### {num} trajectories in flight, {args.repetitions} repetitions\n\n{report(passes)}", flush=True)
+            for meters in sampled:
+                check_same(meters, scripted=not args.miniature)
+            results[str(num)] = {name: [asdict(p) for p in done] for name, done in passes.items()}
     finally:
-        engine.close()
+        bench.engine.close()
+    return results
 
 
-def report(passes: dict[str, list[Pass]], num: int, repetitions: int) -> None:
-    yardstick = passes[YARDSTICK]
-    rows = []
-    for name, done in passes.items():
-        total = sum((p.work for p in done), Work(0))
-        count = sum(p.num for p in done)
-        rows.append(
-            [
-                name,
-                spread([p.rate for p in done], 0),
-                spread([p.rate / y.rate for p, y in zip(done, yardstick, strict=True)]),
-                f"{1000 * median(p.seconds / p.num for p in done):.1f}",
-                f"{total.useful / count:.1f}",
-                f"{total.probes / count:.2f}",
-                f"{total.probe_tokens / total.decoded:.1%}",
-                f"{total.discarded / total.decoded:.1%}",
-            ]
-        )
+def report(passes: dict[str, list[Pass]]) -> str:
+    """A Markdown table: medians, with the lowest and the highest where there is room."""
+
+    def against(name: str, done: list[Pass], price: Callable[[Pass], float]) -> str:
+        if name not in passes:
+            return ""
+        return spread([(price(y) / y.useful) / (price(p) / p.useful) for p, y in zip(done, passes[name], strict=True)])
+
     header = [
         "loop",
         "useful tokens/s",
-        f"against {YARDSTICK}",
-        "ms each",
-        "tokens each",
-        "probes",
-        "probing",
+        "against rounds",
+        "against plain",
+        "engine CPU: against rounds",
+        "against plain",
+        "steps: against rounds",
+        "sequences per step",
+        "CPU us per token: engine + reader",
+        "probes' tokens",
         "wasted",
     ]
-    print(f"\n{num} trajectories, {repetitions} repetitions: median (lowest to highest)")
-    print(table(header, rows))
-    overhead = {
-        name: spread([p.seconds / q.seconds for p, q in zip(passes[f"{name}, no exit"], passes["plain"], strict=True)])
-        for name in ("ours", "rounds")
-    }
-    print(
-        "no exit against plain, seconds: " + ", ".join(f"{name} {text}" for name, text in overhead.items()), flush=True
-    )
+    rows = []
+    for name, done in passes.items():
+        total = sum((p.work for p in done), Work())
+        useful, steps = sum(p.useful for p in done), sum(p.steps for p in done)
+        cpu = [1e6 * sum(getattr(p, kind) for p in done) / useful for kind in ("engine_cpu", "reader_cpu")]
+        rows.append(
+            [
+                name,
+                spread([p.useful / p.seconds for p in done], 0),
+                against("rounds", done, lambda p: p.seconds),
+                against("plain", done, lambda p: p.seconds),
+                against("rounds", done, lambda p: p.engine_cpu),
+                against("plain", done, lambda p: p.engine_cpu),
+                against("rounds", done, lambda p: p.steps),
+                f"{sum(p.decoded for p in done) / steps:.0f}",
+                f"{cpu[0]:.0f} + {cpu[1]:.0f}",
+                f"{total.probing / total.decoded:.1%}",
+                f"{total.discarded / total.decoded:.1%}",
+            ]
+        )
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Useful tokens per second of the truncated rollout.")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("overrides", nargs="*", help="key=value, such as engine.stream_interval=8")
+    parser.add_argument("--quick", action="store_true", help="128 in flight only, once")
+    parser.add_argument("--miniature", action="store_true", help="the quickstart's own short trajectories; no file")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--loops", default=LOOPS, help="comma-separated")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--set", nargs="+", default=[], help="key=value, such as engine.stream_interval=16")
     args = parser.parse_args()
+    if args.quick:
+        args.in_flight, args.repetitions = [128], 1
     os.chdir(ROOT)
     os.environ.update(CPU_ENV)
-    every_trigger = ["rollout.control_fraction=0", "rollout.probe.probability=1"]
-    config = load(Config, "configs/quickstart.yaml", every_trigger + args.overrides)
-    print(machine())
-    asyncio.run(run(config, args.repetitions))
+    settings = EVERY_TRIGGER + ([] if args.miniature else SCRIPTED) + args.set
+    config = load(Config, "configs/quickstart.yaml", settings)
+    on = machine()
+    print(on)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as Ray's actors have
+        results = runner.run(run(config, args))
+    if not args.miniature:
+        found = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": on, "settings": settings, "in_flight": results}
+        args.out.write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

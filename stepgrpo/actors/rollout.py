@@ -81,9 +81,10 @@ class Chunk:
     """Set with the last tokens: ended by a stop token, or by its token limit."""
 
     def __post_init__(self) -> None:
-        for logprob in self.logprobs:
-            if not -math.inf < logprob <= LOGPROB_ROUNDING:
-                raise GarbageError(f"the engine answers garbage: a sampled token's log-probability is {logprob}")
+        # Every token passes here, so no loop of our own: a sum is finite only where all its parts are.
+        if not math.isfinite(sum(self.logprobs)) or max(self.logprobs, default=0.0) > LOGPROB_ROUNDING:
+            bad = next(p for p in self.logprobs if not -math.inf < p <= LOGPROB_ROUNDING)
+            raise GarbageError(f"the engine answers garbage: a sampled token's log-probability is {bad}")
 
 
 class Engine(Protocol):
