@@ -27,6 +27,9 @@ Besides seconds there are two measures that other work on the machine disturbs l
 which is what limits all loops on an idle machine, and useful tokens per step of the engine, whose ratio is that of
 a device on which a step takes the same time for any number of sequences.
 
+`--flat`: a deeper and narrower model with random weights, for which a step with many sequences takes less time compared
+to a step with one, as on a GPU.
+
 `--miniature`: problems, lengths and decisions of the quickstart's task instead, whose steps are 14 tokens long. There a
 trajectory that nothing cuts is longer, so `plain` samples more.
 """
@@ -78,6 +81,13 @@ SCRIPTED = [
     "engine.kv_cache_mb=512",
     "engine.stream_interval=8",
 ]
+FLAT = {
+    "num_hidden_layers": 16,
+    "layer_types": ["full_attention"] * 16,
+    "hidden_size": 32,
+    "num_attention_heads": 1,
+    "intermediate_size": 64,
+}
 
 Problems = Iterator[Prompt]
 
@@ -313,7 +323,7 @@ class Pass:
 class Bench:
     """One engine, its loops, and what it has done so far."""
 
-    def __init__(self, config: Config, scripted: bool) -> None:
+    def __init__(self, config: Config, scripted: bool, flat: bool) -> None:
         self.decoded = self.steps = 0
         if scripted:
             make_args = vllm_engine.engine_args
@@ -321,7 +331,9 @@ class Bench:
             def steered(*args: Any, **kwargs: Any) -> Any:
                 made = make_args(*args, **kwargs)
                 made.logits_processors = ["script:Scripted"]
-                made.hf_overrides = {"max_position_embeddings": config.max_model_len}
+                made.hf_overrides = {"max_position_embeddings": config.max_model_len, **(FLAT if flat else {})}
+                if flat:
+                    made.load_format = "dummy"
                 return made
 
             # The product has no setting for it, for there is no use but this.
@@ -420,7 +432,7 @@ def check_same(meters: dict[str, Meter], scripted: bool) -> None:
 
 
 async def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    bench = Bench(config, scripted=not args.miniature)
+    bench = Bench(config, scripted=not args.miniature, flat=args.flat)
     problems: Callable[[int, int], Problems] = scripted_problems
     if args.miniature:
         from transformers import AutoTokenizer
@@ -507,6 +519,7 @@ def report(passes: dict[str, list[Pass]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Useful tokens per second of the truncated rollout.")
     parser.add_argument("--quick", action="store_true", help="128 in flight only, once")
+    parser.add_argument("--flat", action="store_true", help="a model that costs less per sequence; no file")
     parser.add_argument("--miniature", action="store_true", help="the quickstart's own short trajectories; no file")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[64, 256])
@@ -524,7 +537,7 @@ def main() -> None:
     print(on)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as Ray's actors have
         results = runner.run(run(config, args))
-    if not args.miniature:
+    if not args.miniature and not args.flat:
         found = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": on, "settings": settings, "in_flight": results}
         args.out.write_text(json.dumps(found) + "\n")
 
