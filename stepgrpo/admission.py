@@ -86,6 +86,12 @@ class Ledger:
         if not keep:  # an open draw counts as kept already, and a batch that closes is the walk's first
             self._next = None
 
+    def due(self) -> range:
+        """Draws of the batch that is being collected, admitted or not; known only where nothing is replaced."""
+        assert self._max_used == self._size, "which draws make the batch is known when it closes"
+        first = next(iter(self._fates), self._next_draw)
+        return range(first, first + self._size)
+
     def close(self) -> ClosedBatch | None:
         """Close the current batch if its draws are all settled; otherwise None."""
         kept: list[int] = []

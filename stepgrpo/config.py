@@ -286,6 +286,9 @@ class LearnerConfig(Section):
     """Train on the forced closing of a confident exit: it is what teaches the policy to stop."""
     micro_batch_tokens: PositiveInt = 18432
     """Most tokens (padding included) of one forward pass."""
+    stream: bool = False
+    """Back-propagate groups as they arrive, not when the batch is whole; the update is the same up to rounding. Takes
+    one update per batch, and rewards and advantages that need no other group."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at the same time."""
     gradient_checkpointing: bool = False
@@ -523,6 +526,17 @@ class Config(RunConfig):
                 )
         if self.eval.early_exit and self.rollout.probe is None:
             raise ValueError("eval.early_exit: got true, takes false where rollout.probe is null: it says how to probe")
+        if lrn.stream:
+            own_scheme = is_own(self.reward.scheme) or self.reward.scheme == "easy_length_penalty"
+            for reason, holds in (
+                ("train.prompts_per_update is less than train.prompts_per_batch", self.updates_per_batch > 1),
+                ("train.refill is true: which groups a batch has is known at its end", t.refill),
+                (f"reward.scheme is {self.reward.scheme}: it sees the whole batch", own_scheme),
+                ("reward.normalization is batch", self.reward.normalization == "batch"),
+                ("cluster.colocate is true: while anything is sampled, the learner has no GPU", cl.colocate),
+            ):
+                if holds:
+                    raise ValueError(f"learner.stream: got true, takes false where {reason}")
         if cl.colocate:
             w = self.rollout.workers
             if t.max_staleness:

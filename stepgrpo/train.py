@@ -39,7 +39,7 @@ from stepgrpo.console import Display, Phase, progress_line
 from stepgrpo.data import PromptStream
 from stepgrpo.evaluate import Answers, Evaluation, decode, evaluation, shown
 from stepgrpo.launch import together
-from stepgrpo.learner.batch import Plan, make_plan
+from stepgrpo.learner.batch import Plan, joined, make_plan
 from stepgrpo.pool import Pool, Seat, TrainError, WorkersGone, is_lost, one_line, root_cause
 from stepgrpo.recovery import Start
 from stepgrpo.reward.credit import advantages, has_signal
@@ -134,6 +134,7 @@ class Loop:
         self._closable = asyncio.Event()
         self._busy_since: float | None = None
         self._busy_seconds = 0.0
+        self._streamed_seconds = 0.0
         self._pauses: list[float] = []
         self._sync_seconds = math.nan
 
@@ -202,10 +203,11 @@ class Loop:
                     with self._spans.span("batch", batch=index):
                         began = time.monotonic()
                         with self._spans.span("wait", batch=index):
+                            parts = await self._streamed() if c.learner.stream else []
                             batch = await self._closed_batch()
-                        waited = time.monotonic() - began
+                        waited = time.monotonic() - began - self._streamed_seconds
                         self._learns = True
-                        last = await self._train_batch(batch, waited, last)
+                        last = await self._train_batch(batch, parts, waited, last)
                         self._learns = False
                         self._show(phase, started, done, index + 1)
                         if self._eval_due(index + 1):
@@ -337,9 +339,48 @@ class Loop:
         self._wake.set()  # the next batch's draws have come one version closer
         return batch
 
-    async def _train_batch(self, batch: ClosedBatch, waited: float, last: float) -> float:
+    async def _streamed(self) -> list[Plan]:
+        """Have the learner back-propagate the batch's groups as they come, until it has all; what it did, by parts.
+
+        A part is what has settled while the part before it was worked on, but not less than a micro-batch for each
+        rank. Groups stay in ``settled`` until the batch closes: a checkpoint taken meanwhile has them.
+        """
+        enough = len(self.ranks) * self.config.learner.micro_batch_tokens
+        left, parts = set(self.ledger.due()), []
+        while left:
+            self._closable.clear()
+            here = [self.settled[d] for d in sorted(left & self.settled.keys())]
+            if len(here) == len(left) or sum(f.total_len for s in here for f in s.graded.facts) >= enough:
+                if part := await self._accumulated(here):
+                    parts.append(part)
+                    left -= part.advantages.keys()
+            else:
+                async with self._waiting(
+                    lambda: f"batch {self.ledger.batch} ({self.ledger.in_flight} draws in flight)"
+                ):
+                    await self._closable.wait()
+        return parts
+
+    async def _accumulated(self, some: Sequence[Settled]) -> Plan | None:
+        """Add the gradients of some of the batch's groups; None where some were lost, which are there anew by now."""
+        start, batch = time.monotonic(), self.ledger.batch
+        self._learns = True
+        credit = advantages(self.scheme([s.graded for s in some]), self.config.reward.normalization)
+        plan = self._plan(batch, some, credit, num_updates=1)
+        refs = {s.graded.draw: s.ref for s in some}
+        lost = await self._fetched(batch, plan, refs)
+        if lost:
+            self.settled |= await self._sampled_again(batch, sorted(lost))
+        else:
+            await self._on_ranks(f"a part of batch {batch}", lambda r: r.accumulate.remote(plan, refs))
+            self._streamed_seconds += time.monotonic() - start
+        self._learns = False
+        return None if lost else plan
+
+    async def _train_batch(self, batch: ClosedBatch, parts: Sequence[Plan], waited: float, last: float) -> float:
         """
         Args:
+            parts: what the learner has done of it already; all of it, or nothing.
             last: when the batch before was published.
 
         Returns:
@@ -351,12 +392,16 @@ class Loop:
             kept = [used[d] for d in batch.kept]
             rewards = self.scheme([s.graded for s in kept])
             credit = advantages(rewards, c.reward.normalization)
-            plan = self._plan(batch, kept, credit)
+            if parts:
+                plan = joined(parts)
+                assert plan.advantages.keys() == set(batch.kept), "the learner worked on other groups than the batch's"
+                break
+            plan = self._plan(batch.index, kept, credit, math.ceil(len(kept) / c.train.prompts_per_update))
             refs = {s.graded.draw: s.ref for s in kept}
-            lost = await self._fetched(batch, plan, refs)
+            lost = await self._fetched(batch.index, plan, refs)
             if not lost:
                 break
-            used |= await self._sampled_again(batch, sorted(lost))
+            used |= await self._sampled_again(batch.index, sorted(lost))
         groups = [s.graded for s in kept]
         if len(groups) < c.train.prompts_per_batch:
             self.display.warn(
@@ -368,7 +413,11 @@ class Loop:
 
         async with self.learners_turn():
             start = time.monotonic()
-            results = await self._on_ranks(f"the update on batch {batch.index}", lambda r: r.update.remote(plan, refs))
+            what, num_tokens = f"the update on batch {batch.index}", plan.updates[0].num_loss_tokens
+            if parts:
+                results = await self._on_ranks(what, lambda r: r.step.remote(batch.index, num_tokens))
+            else:
+                results = await self._on_ranks(what, lambda r: r.update.remote(plan, refs))
             trained = time.monotonic()
             weights = await self._publish(batch.index + 1)
             published = time.monotonic()
@@ -382,7 +431,7 @@ class Loop:
                 "time/wait": waited,
                 "time/generate": self._busy_seconds,
                 "time/grade": sum(s.graded.grade_seconds for s in used.values()),
-                "time/train": trained - start,
+                "time/train": trained - start + self._streamed_seconds,
                 "time/publish": published - trained,
                 "time/sync": self._sync_seconds,
                 "time/paused": max(self._pauses, default=math.nan),
@@ -397,7 +446,7 @@ class Loop:
                 "reward/filtered": len(batch.filtered),
                 "reward/missing": c.train.prompts_per_batch - len(batch.kept),
             }
-            self._busy_seconds, self._pauses = 0.0, []
+            self._busy_seconds, self._streamed_seconds, self._pauses = 0.0, 0.0, []
             self._log_batch(batch, plan, groups, rewards, results[0], of_batch)
             if self._checkpoint_due(batch.index + 1):
                 await self._checkpoint(set(self._evaluating))
@@ -430,29 +479,29 @@ class Loop:
                 )
             self._spilled = spilled
 
-    async def _fetched(self, batch: ClosedBatch, plan: Plan, refs: dict[int, Any]) -> set[int]:
+    async def _fetched(self, batch: int, plan: Plan, refs: dict[int, Any]) -> set[int]:
         """Have the batch on its ranks; returns the draws that were lost. Not within the update: a rank without a group
         would leave the others waiting in a collective."""
-        parts = await self._on_ranks(f"groups of batch {batch.index}", lambda r: r.fetch.remote(plan, refs))
+        parts = await self._on_ranks(f"groups of batch {batch}", lambda r: r.fetch.remote(plan, refs))
         return {draw for part in parts for draw in part}
 
-    def _plan(self, batch: ClosedBatch, kept: Sequence[Settled], credit: Any) -> Plan:
+    def _plan(self, batch: int, kept: Sequence[Settled], credit: Any, num_updates: int) -> Plan:
         c = self.config
         return make_plan(
             [s.graded for s in kept],
             credit,
-            version=batch.index,
-            num_updates=math.ceil(len(kept) / c.train.prompts_per_update),
+            version=batch,
+            num_updates=num_updates,
             num_ranks=len(self.ranks),
             budget_tokens=c.learner.micro_batch_tokens,
             packed=c.model.packed,
         )
 
-    async def _sampled_again(self, batch: ClosedBatch, lost: Sequence[int]) -> dict[int, Settled]:
+    async def _sampled_again(self, batch: int, lost: Sequence[int]) -> dict[int, Settled]:
         """Groups anew that were finished, and went away with their node before they were trained on."""
-        self.display.warn(f"batch {batch.index}: {len(lost)} groups were lost with their node and are sampled again")
-        oldest = max(0, batch.index - self.config.train.max_staleness)
-        async with self._waiting(f"{len(lost)} lost groups of batch {batch.index}"):
+        self.display.warn(f"batch {batch}: {len(lost)} groups were lost with their node and are sampled again")
+        oldest = max(0, batch - self.config.train.max_staleness)
+        async with self._waiting(f"{len(lost)} lost groups of batch {batch}"):
             return dict(zip(lost, await together(self._sampled(d, oldest) for d in lost), strict=True))
 
     async def _keep_sample(self, batch: int, sample: Settled, rewards: Any, credit: Any) -> None:

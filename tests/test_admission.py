@@ -59,6 +59,19 @@ def test_a_batch_is_the_first_groups_in_draw_order_whatever_finishes_first():
     assert ledger.close().kept == tuple(draws[3:])
 
 
+def test_where_nothing_is_replaced_the_draws_of_a_batch_are_known_before_they_are_admitted():
+    ledger = Ledger(num_batches=3, prompts_per_batch=3, max_staleness=1, refill_limit=0)
+    assert ledger.due() == range(3)
+    for draw in [ledger.admit() for _ in range(4)]:
+        ledger.settle(draw, keep=True)
+    assert ledger.due() == range(3)
+    assert ledger.close().kept == (0, 1, 2)
+    assert ledger.due() == range(3, 6)
+    refilled = Ledger(num_batches=3, prompts_per_batch=3, max_staleness=1, refill_limit=2)
+    with pytest.raises(AssertionError, match="known when it closes"):
+        refilled.due()
+
+
 def test_strictly_on_policy_admits_one_batch_and_then_waits_for_its_version():
     ledger = Ledger(num_batches=2, prompts_per_batch=2, max_staleness=0, refill_limit=0)
     a, b = ledger.admit(), ledger.admit()

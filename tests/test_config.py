@@ -26,6 +26,7 @@ def write(directory: Path, name: str, text: str) -> Path:
     return path
 
 
+STREAM = ["learner.stream=true", "train.prompts_per_update=16"]
 MINIMAL = "name: x\nmodel: {path: m}\ndata: {train: t.jsonl}\nlearner: {micro_batch_tokens: 18432}\n"
 
 
@@ -146,6 +147,12 @@ def test_a_name_of_ones_own_is_taken_with_its_options() -> None:
         (["train.refill=true", "reward.scheme=easy_length_penalty"], "train.refill"),
         (["data.eval=null"], "eval.every"),
         (["eval.early_exit=true", "rollout.probe=null"], "eval.early_exit"),
+        (["learner.stream=true"], "learner.stream"),
+        ([*STREAM, "train.refill=true"], "learner.stream"),
+        ([*STREAM, "reward.scheme=easy_length_penalty"], "learner.stream"),
+        ([*STREAM, "reward.scheme=mine:fn"], "learner.stream"),
+        ([*STREAM, "reward.normalization=batch"], "learner.stream"),
+        ([*STREAM, "cluster.colocate=true", "train.max_staleness=0"], "learner.stream"),
     ],
 )
 def test_an_impossible_combination_is_one_line_with_field_got_and_takes(overrides: list[str], field: str) -> None:
@@ -153,6 +160,10 @@ def test_an_impossible_combination_is_one_line_with_field_got_and_takes(override
     assert message.startswith(f"{field}: got ")
     assert ", takes " in message
     assert "\n" not in message
+
+
+def test_one_update_per_batch_may_be_streamed() -> None:
+    assert load(Config, QUICKSTART, STREAM).learner.stream
 
 
 def test_a_micro_batch_of_exactly_the_longest_trajectory_is_enough() -> None:

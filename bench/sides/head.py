@@ -1,4 +1,4 @@
-"""Log-probabilities and gradients of a head, by chunks or from whole logits: python head.py TOKENS HIDDEN VOCABULARY."""
+"""Log-probabilities of a head and their gradients, by chunks or from whole logits: head.py TOKENS HIDDEN VOCABULARY."""
 
 from __future__ import annotations
 

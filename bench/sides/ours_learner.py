@@ -1,4 +1,4 @@
-"""Our learner as a process that makes one update per request: python ours_learner.py JOB.json [packed] (see learner.py)."""
+"""Our learner as a process that makes one update per request: ours_learner.py JOB.json [packed] (see learner.py)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import socket
 import sys
 from typing import Any
 
-from answering import Meter, answer, asked, resident
-
 import numpy as np
+from answering import Meter, answer, asked, resident
 
 from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig, RolloutConfig
 from stepgrpo.learner import engine  # noqa: F401  imported before memory is counted

@@ -10,15 +10,10 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from typing import Any
 
-from answering import Meter, answer, asked, resident
-
-warnings.filterwarnings("ignore")
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-
 import torch
+from answering import Meter, answer, asked, resident
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,6 +206,14 @@ def make_plan(
     return Plan(
         version, tuple(updates), {g.draw: np.asarray(a, np.float32) for g, a in zip(groups, advantages, strict=True)}
     )
+
+
+def joined(parts: Sequence[Plan]) -> Plan:
+    """The plan of one update whose parts were planned, and trained on, one after the other."""
+    updates = [p.updates[0] for p in parts]
+    ranks = zip(*(u.micro_batches for u in updates), strict=True)
+    update = Update(sum(u.num_loss_tokens for u in updates), tuple(tuple(chain(*parts)) for parts in ranks))
+    return Plan(parts[0].version, (update,), {d: a for p in parts for d, a in p.advantages.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,6 +248,8 @@ class LearnerEngine:
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
+        self._sums: list[Sums] = []
+        """Of the micro-batches since the last step."""
         self._max_skips, self._num_skips = config.max_skips, 0
         self._sleeps, self._offloads = False, use_offload
         states = [OffloadStateTypeEnum.lp_params, OffloadStateTypeEnum.contiguous_grad_buffer]
@@ -271,14 +273,37 @@ class LearnerEngine:
     def update(
         self, batches: Sequence[MicroBatch], objective: Objective, *, lr: float, own_version: int = -1
     ) -> dict[str, float]:
-        """One optimizer update over all ranks' micro-batches.
+        """One optimizer update over all ranks' micro-batches: ``accumulate`` and ``step``.
 
-        DeepSpeed averages gradients over ranks; this multiplies them up again, so ``objective`` scales its sum by
-        1 / (loss tokens of all ranks) and the result is the global token mean however many ranks there are.
+        ``objective`` scales its sum by 1 / (loss tokens of all ranks): the result is the global token mean.
+        """
+        self.accumulate(batches, objective, own_version=own_version)
+        return self.step(lr=lr)
+
+    def accumulate(self, batches: Sequence[MicroBatch], objective: Objective, *, own_version: int = -1) -> None:
+        """Add the gradients of all ranks' micro-batches to those that the next ``step`` uses.
+
+        DeepSpeed averages gradients over ranks; this multiplies them up again, so that they are the gradients of the
+        sum over ranks, however many there are.
 
         Args:
             batches: this rank's, equally many on each rank.
             own_version: version of the policy's weights, to find the tokens it sampled itself.
+        """
+        assert batches, "a rank without work passes an empty micro-batch"
+        for batch in batches:
+            logprobs, entropy = self._policy(*self._inputs(batch))
+            loss, parts = objective(logprobs, self._loss_tokens(batch, own_version))
+            # A loss that is not finite must not have a finite gradient: DeepSpeed sees only that, after the reduction.
+            factor = torch.where(loss.detach().isfinite(), float(dist.get_world_size()), math.nan)
+            self._policy.backward(loss * factor)
+            self._sums.append(parts | {"policy/entropy": (entropy.sum(), entropy.new_tensor(len(entropy)))})
+
+    def step(self, *, lr: float, divisor: float = 1.0) -> dict[str, float]:
+        """The optimizer's step with the accumulated gradients.
+
+        Args:
+            divisor: of the gradients, before their norm is taken and clipped.
 
         Returns:
             The objective's metrics (nan where no token counts), ``policy/entropy``, ``policy/lr``,
@@ -288,18 +313,13 @@ class LearnerEngine:
         Raises:
             FloatingPointError: it was the last of ``max_skips`` skipped updates in a row.
         """
-        assert batches, "a rank without work passes an empty micro-batch"
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        sums: list[Sums] = []
-        for batch in batches:
-            logprobs, entropy = self._policy(*self._inputs(batch))
-            loss, parts = objective(logprobs, self._loss_tokens(batch, own_version))
-            # A loss that is not finite must not have a finite gradient: DeepSpeed sees only that, after the reduction.
-            factor = torch.where(loss.detach().isfinite(), float(dist.get_world_size()), math.nan)
-            self._policy.backward(loss * factor)
-            sums.append(parts | {"policy/entropy": (entropy.sum(), entropy.new_tensor(len(entropy)))})
+        # DeepSpeed divides by its loss scale when all gradients are there; no backward pass has multiplied by it.
+        self._optimizer.loss_scale = divisor
         self._policy.step()
+        self._optimizer.loss_scale = 1.0
+        sums, self._sums = self._sums, []
         grad_norm = float(self._policy.get_global_grad_norm())
         is_skipped = not math.isfinite(grad_norm)
         self._num_skips = self._num_skips + 1 if is_skipped else 0

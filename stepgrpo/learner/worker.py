@@ -33,7 +33,7 @@ from stepgrpo.watchdog import Whereabouts, whereabouts
 from stepgrpo.weights import Manifest, Publisher
 
 if TYPE_CHECKING:
-    from stepgrpo.learner.engine import LearnerEngine
+    from stepgrpo.learner.engine import LearnerEngine, Objective
 
 LOOPBACK = "127.0.0.1"
 
@@ -176,19 +176,13 @@ class LearnerWorker:
         Returns:
             Metrics of each update, the same on all ranks.
         """
-        assert plan.advantages.keys() == groups.keys(), "the plan's draws and the groups' differ"
-        draws = sorted(plan.draws(self._rank))
-        # Within the turn: fetched before it, a later call could overtake this one on some ranks.
         async with self._turn:
-            here, self._fetched = self._fetched, {}
-            fetched = {d: here[d] if d in here else await groups[d] for d in draws}
+            fetched = await self._here(plan, groups)
             with self._spans.span("update", batch=plan.version, version=plan.version + 1):
                 return await self._in_thread(self._update, plan, fetched)
 
     def _update(self, plan: Plan, groups: Mapping[int, Group]) -> list[dict[str, float]]:
-        from stepgrpo.learner.loss import policy_loss
-
-        c, engine = self._config, self._engine
+        engine = self._engine
         work = [[self._collate(rows, plan, groups) for rows in u.micro_batches[self._rank]] for u in plan.updates]
         if self._with_reference:
             with self._spans.span("reference"):
@@ -198,19 +192,73 @@ class LearnerWorker:
                 work = [[dataclasses.replace(b, old=engine.logprobs(b)[0]) for b in bs] for bs in work]
         metrics = []
         for update, batches in zip(plan.updates, work, strict=True):
-            objective = partial(
-                policy_loss,
-                clip_low=c.clip_low,
-                clip_high=c.clip_high,
-                dual_clip=c.dual_clip,
-                importance_cap=c.importance_cap,
-                kl_coef=c.kl_coef,
-                scale=1 / update.num_loss_tokens,
-            )
+            objective = self._objective(scale=1 / update.num_loss_tokens)
             with self._spans.span("optimize", tokens=update.num_loss_tokens):
                 metrics.append(engine.update(batches, objective, lr=self._next_lr(), own_version=plan.version))
             assert metrics[-1]["policy/loss_tokens"] == update.num_loss_tokens, "driver and ranks count differently"
         return metrics
+
+    async def accumulate(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> None:
+        """Add the gradients of a part of a rollout batch to those of the ``step`` that follows its last part.
+
+        Args:
+            plan, groups: as for ``update``; a part's is one update.
+        """
+        async with self._turn:
+            fetched = await self._here(plan, groups)
+            with self._spans.span("update", batch=plan.version, version=plan.version + 1):
+                await self._in_thread(self._accumulate, plan, fetched)
+
+    def _accumulate(self, plan: Plan, groups: Mapping[int, Group]) -> None:
+        [part] = plan.updates
+        batches = [self._collate(rows, plan, groups) for rows in part.micro_batches[self._rank]]
+        if self._with_reference:
+            with self._spans.span("reference"):
+                batches = [dataclasses.replace(b, reference=self._engine.reference_logprobs(b)) for b in batches]
+        with self._spans.span("optimize", tokens=part.num_loss_tokens):
+            # How many tokens the batch has in all is not known yet: `step` divides by them.
+            self._engine.accumulate(batches, self._objective(scale=1.0), own_version=plan.version)
+
+    async def step(self, version: int, num_loss_tokens: int) -> list[dict[str, float]]:
+        """End a rollout batch whose parts were accumulated, with its one update.
+
+        Args:
+            version: the learner's weights before it.
+            num_loss_tokens: of all parts and ranks.
+
+        Returns:
+            As ``update``.
+        """
+
+        def step() -> list[dict[str, float]]:
+            with self._spans.span("optimize", tokens=num_loss_tokens):
+                metrics = self._engine.step(lr=self._next_lr(), divisor=num_loss_tokens)
+            assert metrics["policy/loss_tokens"] == num_loss_tokens, "driver and ranks count differently"
+            return [metrics]
+
+        async with self._turn:
+            with self._spans.span("update", batch=version, version=version + 1):
+                return await self._in_thread(step)
+
+    async def _here(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> dict[int, Group]:
+        """The groups this rank trains on. Within the turn: before it, a later call could overtake on some ranks."""
+        assert plan.advantages.keys() == groups.keys(), "the plan's draws and the groups' differ"
+        here, self._fetched = self._fetched, {}
+        return {d: here[d] if d in here else await groups[d] for d in sorted(plan.draws(self._rank))}
+
+    def _objective(self, scale: float) -> Objective:
+        from stepgrpo.learner.loss import policy_loss
+
+        c = self._config
+        return partial(
+            policy_loss,
+            clip_low=c.clip_low,
+            clip_high=c.clip_high,
+            dual_clip=c.dual_clip,
+            importance_cap=c.importance_cap,
+            kl_coef=c.kl_coef,
+            scale=scale,
+        )
 
     def _collate(self, rows: Sequence[Row], plan: Plan, groups: Mapping[int, Group]) -> MicroBatch:
         samples = [

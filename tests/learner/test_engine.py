@@ -1,3 +1,4 @@
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -283,6 +284,25 @@ def test_the_learning_rate_warms_up_and_ends_as_scheduled():
     assert course("cosine") == pytest.approx([0.5, 1, 1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
 
 
+def test_a_part_that_is_not_finite_skips_the_update_and_leaves_nothing_to_the_next(model_dirs: dict[bool, str]):
+    samples = make_samples(4)
+    batch, size = collate(samples, False, 0), num_tokens(samples)
+    alone = engine_of(model_dirs[True])
+    expected = alone.update([batch], partial(nll_loss, scale=1 / size), lr=1e-3)
+    engine = engine_of(model_dirs[True])
+    before = parameters(engine)
+    engine.accumulate([batch], partial(nll_loss, scale=1.0))
+    engine.accumulate([batch], partial(nll_loss, scale=math.nan))
+    assert engine.step(lr=1e-3, divisor=2 * size)["policy/skipped"] == 1
+    assert parameters(engine) == before
+    engine.accumulate([batch], partial(nll_loss, scale=1.0))
+    assert engine.step(lr=1e-3, divisor=size) == pytest.approx(expected, rel=1e-5)
+    for name, data in parameters(alone).items():
+        np.testing.assert_allclose(floats(parameters(engine)[name]), floats(data), atol=1e-6, err_msg=name)
+    for e in (alone, engine):
+        e.close()
+
+
 # ---- two ranks
 
 
@@ -334,6 +354,53 @@ def test_one_and_two_ranks_report_the_same_and_reach_the_same_weights(
     assert expected.keys() == got.keys()
     for name, data in expected.items():
         np.testing.assert_allclose(floats(got[name]), floats(data), atol=5e-6, err_msg=name)
+
+
+def train_in_parts(path: str, samples: list[Sample], num_updates: int, parts: list[int]) -> Outcome:
+    """As ``train``, but with gradients of one part of the samples after the other, whose sizes are ``parts``."""
+    torch.set_num_threads(1)
+    engine = engine_of(path, with_reference=True, grad_clip=CLIP)
+    metrics = []
+    for _ in range(num_updates):
+        for end, size in zip(np.cumsum(parts), parts, strict=True):
+            part = samples[end - size : end]
+            lengths = [len(s.token_ids) for s in part]
+            shares = partition(lengths, num_ranks=dist.get_world_size(), budget_tokens=40, packed=False)
+            batches = [collate([part[i] for i in mb], False, engine.pad_id) for mb in shares[dist.get_rank()]]
+            batches = [replace(b, reference=engine.reference_logprobs(b)) for b in batches]
+            engine.accumulate(batches, partial(grpo(samples), scale=1.0))
+        metrics.append(engine.step(lr=1e-3, divisor=num_tokens(samples)))
+    pieces = [Piece(p.name, p.dtype, p.shape, p.start, p.data.copy()) for p in engine.shards()]
+    engine.close()
+    return metrics, pieces
+
+
+CLIP = 0.05
+"""Far below the gradients' norm: what clipping sees must be the gradient of the mean, not of the sum."""
+
+
+def test_gradients_of_parts_make_the_update_of_the_whole_on_one_and_two_ranks(
+    model_dirs: dict[bool, str], on_two_ranks: Ranks
+):
+    """Parts of one sample leave the second rank without any."""
+    samples = make_samples(9)
+    whole_metrics, whole_pieces = train_in_parts(model_dirs[True], samples, 2, [9])
+    reference, _ = train(model_dirs[True], samples, "float32", 1)
+    assert whole_metrics[0]["policy/grad_norm"] == pytest.approx(reference[0]["policy/grad_norm"], rel=1e-5)
+    assert whole_metrics[0]["policy/grad_norm"] > 2 * CLIP
+    outcomes = [
+        [train_in_parts(model_dirs[True], samples, 2, [4, 1, 4])],
+        on_two_ranks(train_in_parts, model_dirs[True], samples, 2, [9]),
+        on_two_ranks(train_in_parts, model_dirs[True], samples, 2, [3, 1, 5]),
+    ]
+    expected = whole(whole_pieces)
+    for ranks in outcomes:
+        for metrics, _ in ranks:
+            for got, want in zip(metrics, whole_metrics, strict=True):
+                assert got == pytest.approx(want, rel=1e-5, abs=1e-6, nan_ok=True)
+        got_pieces = whole([p for _, pieces in ranks for p in pieces])
+        for name, data in expected.items():
+            np.testing.assert_allclose(floats(got_pieces[name]), floats(data), atol=5e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

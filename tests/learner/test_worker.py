@@ -17,7 +17,7 @@ import ray
 from transformers import AutoModelForCausalLM
 
 from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig, RolloutConfig
-from stepgrpo.learner.batch import Plan, collate, make_plan, sample_of
+from stepgrpo.learner.batch import Plan, collate, joined, make_plan, sample_of
 from stepgrpo.learner.loss import policy_loss
 from stepgrpo.learner.worker import LearnerWorker
 from stepgrpo.types import Exit, GradedGroup, Group, Prompt, Trajectory, VersionSpan
@@ -193,6 +193,32 @@ async def test_old_log_probabilities_are_those_before_the_first_of_several_updat
     assert metrics[0]["policy/kl"] == pytest.approx(0, abs=1e-9)
     assert metrics[1]["policy/kl"] > 1e-6, "the first update moved the policy away from the reference"
     await by_hand.close()
+
+
+async def test_a_batch_in_parts_is_trained_as_the_whole(model_dir: str):
+    groups = [make_group(d) for d in range(5)]
+    at_once = await one_rank(model_dir, config_of())
+    graded = await grade(at_once, groups)
+    plan = plan_of(graded)
+    expected = await at_once.update(plan, {g.draw: ready(g) for g in groups})
+
+    worker = await one_rank(model_dir, config_of())
+    parts = []
+    for draws in ((0, 3), (1,), (2, 4)):
+        some = [graded[d] for d in draws]
+        advantages = [plan.advantages[d] for d in draws]
+        parts.append(make_plan(some, advantages, version=0, num_updates=1, num_ranks=1, budget_tokens=60, packed=False))
+        refs = {d: ready(groups[d]) for d in draws}
+        assert await worker.fetch(parts[-1], refs) == []
+        await worker.accumulate(parts[-1], refs)
+    assert joined(parts).draws(0) == plan.draws(0)
+    [update] = joined(parts).updates
+    assert update.num_loss_tokens == plan.updates[0].num_loss_tokens
+    assert await worker.step(0, update.num_loss_tokens) == [pytest.approx(expected[0], rel=1e-5, abs=1e-7, nan_ok=True)]
+    for got, want in zip(worker._engine.shards(), at_once._engine.shards(), strict=True):
+        np.testing.assert_allclose(got.data.view(np.float32), want.data.view(np.float32), atol=5e-6, err_msg=got.name)
+    await worker.close()
+    await at_once.close()
 
 
 @pytest.mark.parametrize(
