@@ -8,7 +8,8 @@ advantages, no KL term, gradient norm clipped, AdamW; that they do the same is c
     ours  timed  plan, micro-batches, forward, backward, gradient clipping and the optimizer's step, in
                  `LearnerWorker.update` over one rank of DeepSpeed ZeRO-3
     TRL   timed  from the return of `_generate_and_score_completions`, which got the given completions by
-                 `rollout_func`, to `on_step_end`: splitting the batch, forward, backward, clipping, step, in the library's own loop
+                 `rollout_func`, to `on_step_end`: splitting the batch, forward, backward, clipping and the optimizer's
+                 step, in the library's own loop
 
 Neither has sampling, grading or tokenising in it. `--trl` names a Python that has TRL (or set TRL_PYTHON); without it
 that row is left out. Each side is a process of its own that stays up; they take turns, and ratios are taken within a

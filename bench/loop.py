@@ -2,12 +2,12 @@
 
     python bench/loop.py [--trl PYTHON] [--rounds 2] [--updates 8]
 
-Every row makes updates of 16 problems x 8 responses with the quickstart's model, data and learner (KL term included), at
-a learning rate so small that nothing shortens meanwhile. Rows take turns, a process each; the first two updates of each
-are left out. Ours samples with one vLLM engine and learns on one rank, side by side; TRL does one after the other, in
-one process. `plain` are whole responses and GRPO's reward, as TRL's are: the same work; the others are truncated as the
-quickstart truncates them. Idle shares are of the time: the learner while it waits for groups, the engine while no
-rollout is in flight.
+Every row makes updates of 16 problems x 8 responses with the quickstart's model, data and learner, KL term included, at
+a learning rate so small that nothing shortens meanwhile. Rows take turns, a process each; the first two updates of a
+process are left out (of TRL's, one). Ours samples with one vLLM engine and learns on one rank, side by side; TRL does
+one after the other, in one process. `plain` are whole responses with GRPO's reward, as TRL's are: the same work; the
+others are truncated as the quickstart truncates them. Idle shares are of the time: the learner while it waits for
+groups, the engine while no rollout is in flight.
 """
 
 from __future__ import annotations
