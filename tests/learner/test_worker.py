@@ -215,8 +215,9 @@ async def test_a_batch_in_parts_is_trained_as_the_whole(model_dir: str):
     [update] = joined(parts).updates
     assert update.num_loss_tokens == plan.updates[0].num_loss_tokens
     assert await worker.step(0, update.num_loss_tokens) == [pytest.approx(expected[0], rel=1e-5, abs=1e-7, nan_ok=True)]
+    # Adam divides a first gradient by its own size: rounding of a tiny one shows.
     for got, want in zip(worker._engine.shards(), at_once._engine.shards(), strict=True):
-        np.testing.assert_allclose(got.data.view(np.float32), want.data.view(np.float32), atol=5e-6, err_msg=got.name)
+        np.testing.assert_allclose(got.data.view(np.float32), want.data.view(np.float32), atol=5e-5, err_msg=got.name)
     await worker.close()
     await at_once.close()
 
