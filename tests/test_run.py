@@ -186,6 +186,26 @@ def test_groups_without_signal_are_replaced(twins: tuple[Run, Run]) -> None:
     assert all(x["reward/signal"] == 1 for x in twins[0].lines("metrics"))
 
 
+@pytest.fixture(scope="module")
+def streamed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """The same strictly on-policy run, learning from whole batches and from groups as they come."""
+    directory = tmp_path_factory.mktemp("streamed")
+    settings = ["train.num_batches=2", "train.max_staleness=0", "train.prompts_per_update=4"]
+    settings += ["data.eval=null", "eval.every=0", "learner.micro_batch_tokens=244"]
+    return train(directory, "whole", *settings), train(directory, "parts", *settings, "learner.stream=true")
+
+
+def test_learning_from_groups_as_they_come_makes_the_updates_of_whole_batches(streamed: tuple[Run, Run]) -> None:
+    whole, parts = (without_the_clock(r.lines("metrics")) for r in streamed)
+    for expected, got in zip(whole, parts, strict=True):
+        figures = {k for k, v in expected.items() if v is not None}
+        assert figures == {k for k, v in got.items() if v is not None}
+        assert {k: got[k] for k in figures} == pytest.approx({k: expected[k] for k in figures}, rel=1e-3, abs=1e-5)
+    fetched = [s for s in streamed[1].lines("spans") if s["name"] == "fetch"]
+    assert len(fetched) > len(parts), "no batch came in parts"
+    assert streamed[0].lines("draws") == streamed[1].lines("draws")
+
+
 # ---- with staleness, over two learner ranks
 
 
