@@ -333,11 +333,15 @@ class Loop:
         while self._stopping or (batch := self.ledger.close()) is None:
             if self._stopping:
                 await self._rest()
-            self._closable.clear()
-            async with self._waiting(lambda: f"batch {self.ledger.batch} ({self.ledger.in_flight} draws in flight)"):
-                await self._closable.wait()
+            await self._another_group()
         self._wake.set()  # the next batch's draws have come one version closer
         return batch
+
+    async def _another_group(self) -> None:
+        """Wait until a draw settles, or the run is to end."""
+        self._closable.clear()
+        async with self._waiting(lambda: f"batch {self.ledger.batch} ({self.ledger.in_flight} draws in flight)"):
+            await self._closable.wait()
 
     async def _streamed(self) -> list[Plan]:
         """Have the learner back-propagate the batch's groups as they come, until it has all; what it did, by parts.
@@ -347,18 +351,13 @@ class Loop:
         """
         enough = len(self.ranks) * self.config.learner.micro_batch_tokens
         left, parts = set(self.ledger.due()), []
-        while left:
-            self._closable.clear()
+        while left and not self._stopping:
             here = [self.settled[d] for d in sorted(left & self.settled.keys())]
-            if len(here) == len(left) or sum(f.total_len for s in here for f in s.graded.facts) >= enough:
-                if part := await self._accumulated(here):
-                    parts.append(part)
-                    left -= part.advantages.keys()
-            else:
-                async with self._waiting(
-                    lambda: f"batch {self.ledger.batch} ({self.ledger.in_flight} draws in flight)"
-                ):
-                    await self._closable.wait()
+            if len(here) < len(left) and sum(f.total_len for s in here for f in s.graded.facts) < enough:
+                await self._another_group()
+            elif part := await self._accumulated(here):
+                parts.append(part)
+                left -= part.advantages.keys()
         return parts
 
     async def _accumulated(self, some: Sequence[Settled]) -> Plan | None:
