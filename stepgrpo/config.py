@@ -287,8 +287,8 @@ class LearnerConfig(Section):
     micro_batch_tokens: PositiveInt = 18432
     """Most tokens (padding included) of one forward pass."""
     stream: bool = False
-    """Back-propagate groups as they arrive, not when the batch is whole; the update is the same up to rounding. Takes
-    one update per batch, and rewards and advantages that need no other group."""
+    """Back-propagate groups as they arrive, not when the batch is whole. The update is the same up to rounding, which
+    depends on the order of arrival. Takes one update per batch, and rewards and advantages that need no other group."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at the same time."""
     gradient_checkpointing: bool = False
