@@ -143,9 +143,9 @@ def main() -> None:
                     done[way].append(trl(directory, args.trl, max(1, args.updates // 4)))
                 else:
                     done[way].append(ours(directory, WAYS[way], args.updates))
+                RESULTS.write_text(json.dumps({"machine": start, "ways": done}) + "\n")
                 print(f"{way}: {fmean(u['seconds'] for u in done[way][-1]):.2f} s per update", file=sys.stderr)
     report(done, args.ways[0])
-    RESULTS.write_text(json.dumps({"machine": start, "ways": done}) + "\n")
 
 
 if __name__ == "__main__":
