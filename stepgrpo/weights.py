@@ -420,7 +420,10 @@ class _Bucket:
                         return False
                     positions, words = change
                     i, j = np.searchsorted(positions, (start // word, end // word))
-                    target.view(words.dtype)[positions[i:j] - start // word] = words[i:j]
+                    try:
+                        target.view(words.dtype)[positions[i:j] - start // word] = words[i:j]
+                    except IndexError:  # a damaged difference
+                        return False
                 hasher.update(target.data)
         return hasher.intdigest() == self._chain[-1]
 
