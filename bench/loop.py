@@ -39,6 +39,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "truncated, ahead by 1, streamed": STREAM,
     "truncated, ahead by 2": ("train.max_staleness=2",),
 }
+TRL = ("TRL, one thread, float32", "TRL as it comes")
+"""As it comes: a thread per core, bfloat16 autocast, gradient checkpointing."""
 LR = 1e-6
 TRL_ROWS = 8
 
@@ -78,7 +80,7 @@ def ours(directory: Path, settings: Sequence[str], updates: int) -> list[dict[st
     ]
 
 
-def trl(directory: Path, python: str, updates: int) -> list[dict[str, float]]:
+def trl(directory: Path, python: str, updates: int, as_it_comes: bool) -> list[dict[str, float]]:
     miniature = ROOT / "examples" / "miniature"
     job = {
         "model": str(miniature / "model"),
@@ -90,10 +92,12 @@ def trl(directory: Path, python: str, updates: int) -> list[dict[str, float]]:
         "rows": TRL_ROWS,
         "lr": LR,
         "kl_coef": 0.01,
+        "as_it_comes": as_it_comes,
     }
+    threads = len(os.sched_getaffinity(0)) if as_it_comes else 1
     directory.mkdir()
     (directory / "job.json").write_text(json.dumps(job))
-    with Side("trl_loop.py", str(directory / "job.json"), python=python) as side:
+    with Side("trl_loop.py", str(directory / "job.json"), python=python, threads=threads) as side:
         return [side.read() for _ in range(1 + updates)][1:]
 
 
@@ -134,13 +138,13 @@ def main() -> None:
     print(start)
     if not args.trl:
         print("TRL's row is left out: --trl PYTHON names an interpreter that has it")
-    done: dict[str, list[Any]] = {way: [] for way in (["TRL"] if args.trl else []) + args.ways}
+    done: dict[str, list[Any]] = {way: [] for way in ([*TRL] if args.trl else []) + args.ways}
     with tempfile.TemporaryDirectory(prefix="stepgrpo-bench-") as scratch:
         for r in range(args.rounds):
             for i, way in enumerate(list(done)[:: -1 if r % 2 else 1]):
                 directory = Path(scratch) / f"{r}-{i}"
-                if way == "TRL":
-                    done[way].append(trl(directory, args.trl, max(1, args.updates // 4)))
+                if way in TRL:
+                    done[way].append(trl(directory, args.trl, max(1, args.updates // 4), way != TRL[0]))
                 else:
                     done[way].append(ours(directory, WAYS[way], args.updates))
                 RESULTS.write_text(json.dumps({"machine": start, "ways": done}) + "\n")

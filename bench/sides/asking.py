@@ -12,7 +12,6 @@ from typing import Any, Self
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -24,10 +23,10 @@ ENVIRONMENT = {
 class Side:
     """One of the sides of a comparison. It stays up, and so is warm when its turn comes again."""
 
-    def __init__(self, script: str, *args: str, python: str = sys.executable) -> None:
+    def __init__(self, script: str, *args: str, python: str = sys.executable, threads: int = 1) -> None:
         self._process = subprocess.Popen(
             [python, str(Path(__file__).with_name(script)), *args],
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on the quickstart's model and task, one line per update: python trl_loop.py JOB.json (see loop.py).
+"""TRL's GRPOTrainer on the quickstart's model and task, one line per update: trl_loop.py JOB.json (see loop.py).
 
 Everything is the library's own: chat template, generation by transformers with a KV cache, 128 sequences at a time,
 loss, optimizer. The reward is the quickstart's accuracy and format; grading takes milliseconds.
@@ -58,8 +58,7 @@ with tempfile.TemporaryDirectory() as scratch:
         temperature=1.0,
         beta=job["kl_coef"],
         weight_decay=0.0,
-        bf16=False,
-        gradient_checkpointing=False,
+        **({} if job.get("as_it_comes") else {"bf16": False, "gradient_checkpointing": False}),
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",
