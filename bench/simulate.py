@@ -458,7 +458,7 @@ class Rank(_Actor):
     def publish(self, version: int) -> Any:
         seconds = self.world.rates.publish
         self.world.learnt += seconds * (self.index == 0)
-        return self.world.done((SimpleNamespace(sizes=(1,)), [None]), seconds)
+        return self.world.done((SimpleNamespace(sizes=(1,), whole_bytes=1, difference_bytes=0), [None]), seconds)
 
 
 def _graded(g: _Group) -> GradedGroup:
