@@ -166,8 +166,7 @@ class LearnerWorker:
     async def update(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> list[dict[str, float]]:
         """Train on one rollout batch.
 
-        Reference log-probabilities, and old ones if there is more than one update, are computed over the whole batch
-        before its first update.
+        Reference log-probabilities, and old ones for all updates but the first, are computed before the first update.
 
         Args:
             plan: the same on all ranks.
@@ -188,8 +187,8 @@ class LearnerWorker:
             with self._spans.span("reference"):
                 work = [[dataclasses.replace(b, reference=engine.reference_logprobs(b)) for b in bs] for bs in work]
         if len(work) > 1:
-            with self._spans.span("old"):
-                work = [[dataclasses.replace(b, old=engine.logprobs(b)[0]) for b in bs] for bs in work]
+            with self._spans.span("old"):  # before the first update, whose old policy is the current one
+                work[1:] = [[dataclasses.replace(b, old=engine.logprobs(b)[0]) for b in bs] for bs in work[1:]]
         metrics = []
         for update, batches in zip(plan.updates, work, strict=True):
             objective = self._objective(scale=1 / update.num_loss_tokens)
