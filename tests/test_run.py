@@ -370,7 +370,8 @@ def test_old_versions_leave_object_store_and_shared_memory(watched: tuple[Run, W
     assert min(len(early), len(late)) >= 5, "sampled too seldom to show anything"
     for i, what in ((1, "object store"), (2, "shared memory")):
         grown = max(s[i] for s in late) - max(s[i] for s in early)
-        assert grown < 2 * size, f"{what}: {grown:,} bytes more after 25 further versions of {size:,}"
+        # A slow moment may hold the newest and two on their way more than any of the early samples saw.
+        assert grown < 4 * size, f"{what}: {grown:,} bytes more after 25 further versions of {size:,}"
     assert max(s[2] for s in watch.samples) == pytest.approx(2 * size, rel=0.05), "two files hold a version each"
     assert watch.directory is not None and not watch.directory.exists(), "the last worker removes it"
 
