@@ -29,7 +29,7 @@ docs: $(READY)  ## regenerate the reference pages in docs/
 	@$(BIN)/python docs/make_reference.py
 
 bench: $(READY)  ## every measurement of bench/ but loop, soak and simulation, one after the other
-	@for script in $(filter-out bench/loop.py bench/soak.py bench/simulate.py bench/script.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(filter-out bench/loop.py bench/soak.py bench/simulate.py bench/script.py bench/models.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:  ## remove .venv and caches; runs/ stays
 	@rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -23,6 +23,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import numpy as np
 from figures import machine, spread, table
+from models import save_qwen3
 
 MINIATURE = Path(__file__).parents[1] / "examples" / "miniature" / "model"
 FILE = "state.safetensors"
@@ -88,21 +89,17 @@ def measure(directory: Path, layers: int, repetitions: int) -> tuple[dict[str, l
 
 
 def make_model(directory: Path, layers: int) -> Path:
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoTokenizer
 
-    config = Qwen3Config(
+    AutoTokenizer.from_pretrained(MINIATURE).save_pretrained(directory)
+    return save_qwen3(
+        directory,
         vocab_size=32_000,
         hidden_size=768,
         num_hidden_layers=layers,
         num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
         intermediate_size=2304,
-        tie_word_embeddings=True,
     )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(MINIATURE).save_pretrained(directory)
-    return directory
 
 
 def write(path: Path, parts: list[memoryview]) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from figures import machine, spread, table
+from models import save_qwen3
 from sides.asking import ROOT, Side
 from simulate import LENGTHS, Lengths
 
@@ -83,27 +84,20 @@ def random_groups(number: int, vocabulary: int) -> list[dict[str, Any]]:
 
 def make_model(directory: Path, vocabulary: int) -> Path:
     """A random Qwen3 of 59 million parameters, over half of them the vocabulary's."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils import logging
+    from transformers import PreTrainedTokenizerFast
 
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    save_qwen3(
+        directory,
         vocab_size=vocabulary,
         hidden_size=512,
         num_hidden_layers=8,
         num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
         intermediate_size=1536,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=2,
     )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(directory)

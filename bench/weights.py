@@ -49,6 +49,7 @@ from typing import Any
 import numpy as np
 import ray
 from figures import machine, markdown, spread
+from models import save_qwen3
 
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
 from stepgrpo.actors.rollout import Sampling
@@ -567,25 +568,16 @@ async def greedy(engine: VllmEngine) -> list[int]:
 
 def make_model(directory: Path) -> Path:
     """A random Qwen3 of about 100 million parameters, in bfloat16."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    return save_qwen3(
+        directory / "model",
+        dtype="bfloat16",
         vocab_size=16384,
         hidden_size=768,
         num_hidden_layers=14,
         num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
         intermediate_size=2048,
         max_position_embeddings=MAX_LEN,
-        tie_word_embeddings=True,
     )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory / "model")
-    return directory / "model"
 
 
 async def compare(
