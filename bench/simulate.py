@@ -278,7 +278,7 @@ class World:
 
     def __init__(self, loop: VirtualLoop, rates: Rates, lengths: Lengths, config: Config) -> None:
         self.loop, self.rates, self.lengths, self.config = loop, rates, lengths, config
-        self.group_size, self.packed = config.rollout.group_size, config.model.packed
+        self.group_size, self.packed = config.rollout.group_size, config.model.packed_on("cuda")
         self.aside = 0.0
         """Processor seconds of the simulation."""
         self.workers: list[Worker] = []

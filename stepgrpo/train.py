@@ -493,7 +493,7 @@ class Loop:
             num_updates=num_updates,
             num_ranks=len(self.ranks),
             budget_tokens=c.learner.micro_batch_tokens,
-            packed=c.model.packed,
+            packed=c.model.packed_on(c.cluster.device),
         )
 
     async def _sampled_again(self, batch: int, lost: Sequence[int]) -> dict[int, Settled]:

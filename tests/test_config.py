@@ -62,7 +62,7 @@ def test_an_unknown_key_in_an_optional_section_suggests_the_nearest_one() -> Non
 
 
 def test_an_unknown_key_like_no_other_lists_what_there_is() -> None:
-    assert refusal("model.zzz=3") == "model.zzz: unknown key; takes one of path, dtype, attention, think_close"
+    assert refusal("model.zzz=3") == "model.zzz: unknown key; takes one of path, dtype, attention, liger, think_close"
 
 
 def test_an_unknown_section_suggests_the_nearest_one() -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from stepgrpo.config import LearnerConfig, ModelConfig
 from stepgrpo.learner import state
+from stepgrpo.learner.attention import bounds
 from stepgrpo.learner.batch import MicroBatch
 from stepgrpo.learner.loss import LossTokens, Sums
 from stepgrpo.types import FloatArray
@@ -174,9 +175,11 @@ class _Scorer(nn.Module):
         model.set_output_embeddings(LogProbHead(head.weight, chunk_tokens, temperature))
         self.model = model
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, index: Tensor, targets: Tensor, bounds: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         # use_cache=False and no attention mask: only then are packed sequences kept apart by their positions.
-        states = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        states = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **bounds)
         return self.model.get_output_embeddings()(states.last_hidden_state.flatten(0, 1)[index], targets)
 
 
@@ -203,6 +206,7 @@ class LearnerEngine:
         """
         self._model_path = model.path
         self._device = torch.device(device)
+        self._packed = model.packed_on(device)
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -221,8 +225,12 @@ class LearnerEngine:
 
         def load() -> _Scorer:
             lm = transformers.AutoModelForCausalLM.from_pretrained(
-                model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention
+                model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention_on(device)
             )
+            if model.liger:
+                from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+                _apply_liger_kernel_to_instance(lm)  # its loss is not called: the head is ours
             return _Scorer(lm, config.logprob_chunk_tokens, temperature)
 
         policy = load()
@@ -472,12 +480,13 @@ class LearnerEngine:
         """Device -> what has ``get_rng_state`` and ``set_rng_state``."""
         return {"cpu": torch} | ({"cuda": torch.cuda} if self._device.type == "cuda" else {})
 
-    def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         return (
             self._tensor(batch.input_ids),
             self._tensor(batch.position_ids),
             self._tensor(batch.index),
             self._tensor(batch.targets),
+            bounds(batch.position_ids, self._device) if self._packed else {},
         )
 
     def _loss_tokens(self, batch: MicroBatch, own_version: int) -> LossTokens:

@@ -70,7 +70,7 @@ class LearnerWorker:
         self._temperature = 1.0 if rollout is None else rollout.temperature
         self._step_rule = None if rollout is None else make_step_rule(rollout)
         self._total_updates, self._num_updates = total_updates, 0
-        self._packed = model.packed
+        self._packed = model.packed_on(device)
         self._grader = None if reward is None else make_grader(reward, model.think_close)
         self._with_reference = reward is not None and config.kl_coef > 0
         self._spans = Spans()
