@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from statistics import median
@@ -20,8 +22,12 @@ def machine() -> str:
         except ModuleNotFoundError:
             continue  # one of the two vLLM builds
     cores = len(os.sched_getaffinity(0))
+    gpu = ""
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = " and ".join(subprocess.run(query, capture_output=True, text=True).stdout.splitlines()) + ", "
     return (
-        f"{platform.system()} {platform.machine()}, {cores} CPU cores, load {os.getloadavg()[0]:.1f} at the start; "
+        f"{platform.system()} {platform.machine()}, {gpu}{cores} CPU cores, load {os.getloadavg()[0]:.1f}; "
         f"Python {platform.python_version()}, {', '.join(found)}"
     )
 

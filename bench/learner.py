@@ -1,8 +1,10 @@
 """The learner: tokens per second and memory of an update, against TRL's; packing, chunked log-probabilities, balance.
 
     python bench/learner.py [--trl PYTHON] [--repetitions 3]
+    python bench/learner.py --gpu 1.7B --trl PYTHON         # bench/results/learner-gpu.json
 
-Both sides make one optimizer update in float32 on one thread, of the same model, on the same sequences with the same
+Both sides make one optimizer update in float32 on one thread, or on a GPU in bfloat16 with float32 master weights and
+gradient checkpointing, of the same model, on the same sequences with the same
 advantages, no KL term, gradient norm clipped, AdamW; that they do the same is checked by the gradient norms.
 
     ours  timed  plan, micro-batches, forward, backward, gradient clipping and the optimizer's step, in
@@ -13,7 +15,8 @@ advantages, no KL term, gradient norm clipped, AdamW; that they do the same is c
 
 Neither has sampling, grading or tokenising in it. `--trl` names a Python that has TRL (or set TRL_PYTHON); without it
 that row is left out. Each side is a process of its own that stays up; they take turns, and ratios are taken within a
-turn. Processor seconds are those of the process: what else the machine does disturbs them less than the clock's.
+turn. (On a GPU, which would not hold them all, they come one after the other.) Processor seconds are those of the
+process: what else the machine does disturbs them less than the clock's.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ import random
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from figures import machine, spread, table
-from models import save_qwen3
+from models import QWEN3, save_qwen3
 from sides.asking import ROOT, Side
 from simulate import LENGTHS, Lengths
 
@@ -64,8 +69,8 @@ def miniature_groups(number: int) -> list[dict[str, Any]]:
     ]
 
 
-def random_groups(number: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Random tokens, at the long-tailed mix's lengths over 64."""
+def random_groups(number: int, vocabulary: int, shorter: int) -> list[dict[str, Any]]:
+    """Random tokens; the long-tailed mix's lengths over ``shorter``."""
     rng = np.random.default_rng(0)
     lengths = LENGTHS["long-tailed"]()
 
@@ -75,7 +80,7 @@ def random_groups(number: int, vocabulary: int) -> list[dict[str, Any]]:
     return [
         {
             "prompt": tokens(20),
-            "responses": [tokens(max(2, n // 64)) for n in lengths(draw, GROUP_SIZE)],
+            "responses": [tokens(max(2, n // shorter)) for n in lengths(draw, GROUP_SIZE)],
             "rewards": rng.random(GROUP_SIZE).tolist(),
         }
         for draw in range(number)
@@ -84,9 +89,6 @@ def random_groups(number: int, vocabulary: int) -> list[dict[str, Any]]:
 
 def make_model(directory: Path, vocabulary: int) -> Path:
     """A random Qwen3 of 59 million parameters, over half of them the vocabulary's."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     save_qwen3(
         directory,
         vocab_size=vocabulary,
@@ -98,14 +100,23 @@ def make_model(directory: Path, vocabulary: int) -> Path:
         pad_token_id=0,
         eos_token_id=2,
     )
+    return with_words(directory, vocabulary)
+
+
+def with_words(directory: Path, vocabulary: int) -> Path:
+    """The model with a tokenizer, which TRL asks for."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(directory)
     return directory
 
 
-def job_of(model: Path, groups: list[dict[str, Any]], micro_batch_tokens: int) -> dict[str, Any]:
+def job_of(model: Path, groups: list[dict[str, Any]], micro_batch_tokens: int, device: str = "cpu") -> dict[str, Any]:
     return {
+        "device": device,
         "model": str(model),
         "groups": groups,
         "lr": 1e-6,
@@ -115,28 +126,37 @@ def job_of(model: Path, groups: list[dict[str, Any]], micro_batch_tokens: int) -
 
 
 def compare(
-    job: dict[str, Any], trl: str | None, repetitions: int, warm_up: int, *, packed: bool
+    job: dict[str, Any], trl: str | None, repetitions: int, warm_up: int, ways: Sequence[str] = ()
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measurements of each side, one per turn. ``packed``: also ours with sequences laid end to end."""
-    with ExitStack() as stack:
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepgrpo-bench-"))) / "job.json"
+    """Measurements of each side, one per turn. ``ways``: of `sides/ours_learner.py`, besides the usual one."""
+    with tempfile.TemporaryDirectory(prefix="stepgrpo-bench-") as scratch:
+        path = Path(scratch) / "job.json"
         path.write_text(json.dumps(job))
-        sides = {"ours": Side("ours_learner.py", str(path))}
-        if packed:
-            sides["ours, packed"] = Side("ours_learner.py", str(path), "packed")
+        sides = {"ours": partial(Side, "ours_learner.py", str(path))}
+        sides |= {f"ours, {way}": partial(Side, "ours_learner.py", str(path), way) for way in ways}
         if trl:
-            sides["TRL"] = Side("trl_learner.py", str(path), python=trl)
+            sides["TRL"] = partial(Side, "trl_learner.py", str(path), python=trl)
+        together = [list(sides)] if job["device"] == "cpu" else [[name] for name in sides]  # a GPU holds one of them
+        done: dict[str, list[dict[str, Any]]] = {}
+        for names in together:
+            done |= in_turns({name: sides[name]() for name in names}, warm_up, repetitions)
+    for name, turns in done.items():
+        for ours, other in zip(done["ours"], turns, strict=True):  # advantages differ by 1e-4 of their size
+            apart, most = abs(other["grad_norm"] / ours["grad_norm"] - 1), 2e-3 if job["device"] == "cpu" else 0.05
+            assert apart < most, f"{name} makes another update than ours: {apart:.1%}"
+    return done
+
+
+def in_turns(sides: dict[str, Side], warm_up: int, repetitions: int) -> dict[str, list[dict[str, Any]]]:
+    done: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    with ExitStack() as stack:
         for side in sides.values():
             stack.enter_context(side)
-        done: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for r in range(warm_up + repetitions):
             for name in list(sides)[:: 1 if r % 2 else -1]:
                 taken = sides[name].ask()
                 if r >= warm_up:
                     done[name].append(taken)
-    for name, turns in done.items():
-        for ours, other in zip(done["ours"], turns, strict=True):  # advantages differ by 1e-4 of their size
-            assert abs(other["grad_norm"] / ours["grad_norm"] - 1) < 2e-3, f"{name} makes another update than ours"
     return done
 
 
@@ -206,9 +226,12 @@ def report_sides(what: str, job: dict[str, Any], done: dict[str, list[dict[str, 
                 spread(ratios(turns, done["ours"], "seconds")),
                 spread(ratios(turns, done["ours"], "cpu")),
                 f"{above_rest(turns):,.0f}",
+                f"{max(t['gpu_peak'] for t in turns):,.0f}",
             ]
         )
-    header = ["", "tokens/s", "tokens/processor s", "time / ours", "processor time / ours", "memory, MB"]
+    header = [
+        *("", "tokens/s", "tokens/processor s", "time / ours", "processor time / ours", "memory, MB", "GPU memory, MB")
+    ]
     print(table(header, rows), flush=True)
 
 
@@ -249,15 +272,32 @@ def report_mixes(mixes: dict[str, dict[str, Any]]) -> None:
         print(table(["", "micro-batches", "padding", "max / mean tokens of a rank", "waiting"], rows), flush=True)
 
 
+def on_gpu(args: argparse.Namespace) -> None:
+    """Our learner as it comes, with padded rows, and with Liger's kernels, against TRL."""
+    vocabulary = QWEN3[args.gpu]["vocab_size"]
+    with tempfile.TemporaryDirectory(prefix="stepgrpo-bench-", dir="/dev/shm") as scratch:
+        model = save_qwen3(Path(scratch) / "model", dtype="bfloat16", device="cuda", **QWEN3[args.gpu])
+        job = job_of(with_words(model, vocabulary), random_groups(8, vocabulary, 8), 18432, "cuda")
+        done = compare(job, args.trl, args.repetitions, 1, ["sdpa", *(["liger"] if find_spec("liger_kernel") else [])])
+    what = f"Qwen3-{args.gpu}'s shape"
+    report_sides(what, job, done)
+    RESULTS.with_stem("learner-gpu").write_text(json.dumps({"machine": machine(), what: done}) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="An update's rate and memory, against TRL's.")
     parser.add_argument("--trl", metavar="PYTHON", default=os.environ.get("TRL_PYTHON"), help="a Python that has TRL")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--gpu", choices=QWEN3, help="on a GPU, a random model of this shape; nothing else")
     args = parser.parse_args()
-    os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed, which says aloud what it found
+    # transformers imports deepspeed, which says aloud what it found
+    os.environ["DS_ACCELERATOR"] = "cuda" if args.gpu else "cpu"
     print(machine())
     if not args.trl:
         print("TRL's rows are left out: --trl PYTHON names an interpreter that has it")
+    if args.gpu:
+        on_gpu(args)
+        return
     miniature, long_tailed = LENGTHS["miniature"](), LENGTHS["long-tailed"]()
     mixes = {
         "miniature, the quickstart's update": padding_and_balance(miniature, 8, 8, 19, 8192),
@@ -272,12 +312,12 @@ def main() -> None:
         jobs = {
             "miniature, 0.3 M parameters": job_of(MINIATURE, miniature_groups(16), 8192),
             "59 M parameters, vocabulary of 65,536": job_of(
-                make_model(Path(scratch), vocabulary), random_groups(1, vocabulary), 1024
+                make_model(Path(scratch), vocabulary), random_groups(1, vocabulary, 64), 1024
             ),
         }
         for what, job in jobs.items():
             is_small = what.startswith("miniature")
-            found[what] = compare(job, args.trl, args.repetitions, 2 if is_small else 1, packed=is_small)
+            found[what] = compare(job, args.trl, args.repetitions, 2 if is_small else 1, ["packed"] if is_small else [])
             report_sides(what, job, found[what])
     RESULTS.write_text(json.dumps(found) + "\n")
 

@@ -27,6 +27,8 @@ Besides seconds there are two measures that other work on the machine disturbs l
 which is what limits all loops on an idle machine, and useful tokens per step of the engine, whose ratio is that of
 a device on which a step takes the same time for any number of sequences.
 
+`--gpu 8B`: on a GPU, a model of Qwen3-8B's shape. Only vLLM's older model runner takes the script's logits processor.
+
 `--flat`: a deeper and narrower model with random weights, for which a step with many sequences takes less time compared
 to a step with one, as on a GPU.
 
@@ -45,7 +47,7 @@ import json
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
@@ -57,6 +59,7 @@ import numpy as np
 import psutil
 import uvloop
 from figures import machine, spread
+from models import QWEN3
 
 from stepgrpo.actors import engine as vllm_engine
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
@@ -80,6 +83,13 @@ SCRIPTED = [
     "engine.max_num_seqs=256",
     "engine.kv_cache_mb=512",
     "engine.stream_interval=8",
+]
+GPU = [
+    "cluster.device=cuda",
+    "model.dtype=bfloat16",
+    "engine.kv_cache_mb=null",
+    "engine.block_size=null",
+    "engine.enforce_eager=false",
 ]
 FLAT = {
     "num_hidden_layers": 16,
@@ -323,7 +333,7 @@ class Pass:
 class Bench:
     """One engine, its loops, and what it has done so far."""
 
-    def __init__(self, config: Config, scripted: bool, flat: bool) -> None:
+    def __init__(self, config: Config, scripted: bool, shape: Mapping[str, Any]) -> None:
         self.decoded = self.steps = 0
         if scripted:
             make_args = vllm_engine.engine_args
@@ -331,9 +341,15 @@ class Bench:
             def steered(*args: Any, **kwargs: Any) -> Any:
                 made = make_args(*args, **kwargs)
                 made.logits_processors = ["script:Scripted"]
-                made.hf_overrides = {"max_position_embeddings": config.max_model_len, **(FLAT if flat else {})}
-                if flat:
+                made.hf_overrides = {"max_position_embeddings": config.max_model_len, **shape}
+                if shape:
                     made.load_format = "dummy"
+                if config.cluster.device == "cuda":
+                    made.async_scheduling = False  # the script reads each token before the next
+                    from vllm.config import CompilationConfig
+
+                    # Graphs of all steps, which take seconds; compiling the model takes a minute and gains little more.
+                    made.compilation_config = CompilationConfig(mode=0, cudagraph_mode="FULL")
                 return made
 
             # The product has no setting for it, for there is no use but this.
@@ -342,7 +358,7 @@ class Bench:
             config.model.path,
             config.model,
             config.engine,
-            device="cpu",
+            device=config.cluster.device,
             max_model_len=config.max_model_len,
             record=self._record,
         )
@@ -432,7 +448,8 @@ def check_same(meters: dict[str, Meter], scripted: bool) -> None:
 
 
 async def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    bench = Bench(config, scripted=not args.miniature, flat=args.flat)
+    shape = FLAT if args.flat else QWEN3.get(args.gpu, {})
+    bench = Bench(config, scripted=not args.miniature, shape=shape)
     problems: Callable[[int, int], Problems] = scripted_problems
     if args.miniature:
         from transformers import AutoTokenizer
@@ -520,6 +537,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Useful tokens per second of the truncated rollout.")
     parser.add_argument("--quick", action="store_true", help="128 in flight only, once")
     parser.add_argument("--flat", action="store_true", help="a model that costs less per sequence; no file")
+    parser.add_argument("--gpu", choices=QWEN3, help="on a GPU, a model of this shape with random weights")
     parser.add_argument("--miniature", action="store_true", help="the quickstart's own short trajectories; no file")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[64, 256])
@@ -530,8 +548,9 @@ def main() -> None:
     if args.quick:
         args.in_flight, args.repetitions = [128], 1
     os.chdir(ROOT)
-    os.environ.update(CPU_ENV)
-    settings = EVERY_TRIGGER + ([] if args.miniature else SCRIPTED) + args.set
+    if not args.gpu:
+        os.environ.update(CPU_ENV)
+    settings = EVERY_TRIGGER + ([] if args.miniature else SCRIPTED) + (GPU if args.gpu else []) + args.set
     config = load(Config, "configs/quickstart.yaml", settings)
     on = machine()
     print(on)

@@ -23,8 +23,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
 NAME = 4
@@ -116,6 +118,8 @@ class Scripted(LogitsProcessor):
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         size = vllm_config.scheduler_config.max_num_seqs
         self.rows: dict[int, _Row] = {}
+        if device.type == "cuda":
+            _sample_all_at_once(size, device)
         self.free = np.full(size, 1 << 30)
         self.next = np.full(size, -1)
         self.p = np.zeros(size)
@@ -147,13 +151,45 @@ class Scripted(LogitsProcessor):
         for index in np.flatnonzero(free == 0).tolist():
             row = self.rows[index]
             self.free[index], self.next[index], self.p[index] = row.due()
-        logits[:, : WORDS.start] = -math.inf
-        for index in np.flatnonzero(free == 0).tolist():
-            token, p = int(self.next[index]), float(self.p[index])
-            if token < 0:
-                logits[index, WORDS.start :] = 0.0
-            else:
-                logits[index] = 0.0 if p < 1 else -math.inf
-                logits[index, token] = math.log(p / (1 - p) * (logits.shape[1] - 1)) if p < 1 else 0.0
+        due = np.flatnonzero(free == 0)
+        token, p = self.next[due], self.p[due]
+        named, certain = token >= 0, p == 1
+        odds = np.divide(p, 1 - p, out=np.ones_like(p), where=~certain)
+        values = np.where(certain, 0.0, np.log(np.maximum(odds, 1e-9) * (WORDS.stop - 1)))
+
+        def sent(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(logits.device, non_blocking=True)
+
+        logits[:, : WORDS.start] = logits[:, WORDS.stop :] = -math.inf
+        if logits.is_cuda:  # whose matrix products depend on how many there are, by which the loops differ
+            logits[:, WORDS.start : WORDS.stop] = 0.0
+        logits[sent(due[~named]), WORDS.start : WORDS.stop] = 0.0
+        rows, columns = sent(due[named]), sent(token[named])
+        logits[rows, : WORDS.stop] = sent(np.where(certain, -math.inf, 0.0)[named]).to(logits.dtype)[:, None]
+        logits[rows, columns] = sent(values[named]).to(logits.dtype)
         free -= free > 0
         return logits
+
+
+def _sample_all_at_once(size: int, device: torch.device) -> None:
+    """Have seeded requests sampled together, as by the sampler that vLLM takes where no logits are steered.
+
+    That one takes no logits processors; the one that does launches a kernel for each seeded request, for milliseconds.
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    sampled: WeakKeyDictionary[torch.Generator, int] = WeakKeyDictionary()
+    columns = torch.arange(1, WORDS.stop + 1, device=device) * 0x9E3779B1
+
+    def random_sample(probs: torch.Tensor, generators: dict[int, torch.Generator], *_: Any) -> torch.Tensor:
+        keys = np.zeros(len(probs), np.int64)
+        for row, generator in generators.items():
+            sampled[generator] = count = sampled.get(generator, 0) + 1
+            keys[row] = hash((generator.initial_seed(), count)) & 0x7FFFFFFF
+        x = (torch.from_numpy(keys).to(device, non_blocking=True)[:, None] ^ columns) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # the end of MurmurHash3
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        noise = -((x.float() + 0.5) / 2**32).clamp(max=1 - 1e-7).log()
+        return (probs[:, : WORDS.stop] / noise).argmax(-1).view(-1)
+
+    topk_topp_sampler.random_sample = random_sample

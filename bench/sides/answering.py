@@ -31,14 +31,30 @@ def resident(what: str = "VmRSS") -> float:
 
 
 class Meter:
-    """Seconds, processor seconds of all threads, and the memory's peak, from its birth on."""
+    """Seconds, processor seconds of all threads, and the memory's peak, from its birth on.
 
-    def __init__(self) -> None:
+    Args:
+        gpu: torch.cuda, where that is computed on.
+    """
+
+    def __init__(self, gpu: Any = None) -> None:
+        self._gpu = gpu
+        if gpu:
+            gpu.synchronize()
+            gpu.reset_peak_memory_stats()
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")  # the peak is forgotten
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """``peak``: MB, all of the process."""
+        """``peak``: MB, all of the process; ``gpu_peak``: MB, of torch's tensors there."""
+        if self._gpu:
+            self._gpu.synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
-        return {"seconds": wall - self._wall, "cpu": cpu - self._cpu, "peak": resident("VmHWM")}
+        gpu_peak = self._gpu.max_memory_allocated() / 2**20 if self._gpu else 0.0
+        return {
+            "seconds": wall - self._wall,
+            "cpu": cpu - self._cpu,
+            "peak": resident("VmHWM"),
+            "gpu_peak": gpu_peak,
+        }

@@ -11,8 +11,7 @@ from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "DS_ACCELERATOR": "cpu",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRL_EXPERIMENTAL_SILENCE": "1",

@@ -1,4 +1,6 @@
-"""Our learner as a process that makes one update per request: ours_learner.py JOB.json [packed] (see learner.py)."""
+"""Our learner as a process that makes one update per request: ours_learner.py JOB.json [packed|sdpa|liger].
+
+See learner.py. On CPU `packed` lays sequences end to end, on a GPU `sdpa` does not."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import torch
 from answering import Meter, answer, asked, resident
 
 from stepgrpo.config import LearnerConfig, ModelConfig, RewardConfig, RolloutConfig
@@ -40,8 +43,16 @@ def trajectory(prompt: np.ndarray, response: list[int]) -> Trajectory:
     )
 
 
-async def main(job: dict[str, Any], packed: bool) -> None:
+async def main(job: dict[str, Any], *ways: str) -> None:
     at_rest = resident()
+    device = job["device"]
+    model = ModelConfig(
+        path=job["model"],
+        dtype="bfloat16" if device == "cuda" else "float32",
+        attention="sdpa" if "sdpa" in ways else "auto",
+        liger="liger" in ways,
+    )
+    packed = "packed" in ways or model.packed_on(device)
     config = LearnerConfig.model_validate(
         {
             "importance_cap": None,
@@ -50,14 +61,15 @@ async def main(job: dict[str, Any], packed: bool) -> None:
             "weight_decay": 0.0,
             "clip_high": 0.2,
             "micro_batch_tokens": job["micro_batch_tokens"],
+            "gradient_checkpointing": device == "cuda",
         }
     )
     worker = LearnerWorker(
         0,
         1,
         config,
-        ModelConfig(path=job["model"], dtype="float32"),
-        device="cpu",
+        model,
+        device=device,
         total_updates=1000,
         rollout=RolloutConfig(),
         reward=RewardConfig(grader="exact"),
@@ -74,7 +86,7 @@ async def main(job: dict[str, Any], packed: bool) -> None:
 
     graded = [await worker.ingest([ready(g)]) for g in groups]
     while asked():
-        meter = Meter()
+        meter = Meter(torch.cuda if device == "cuda" else None)
         plan = make_plan(
             graded,
             advantages([row["rewards"] for row in job["groups"]]),
@@ -89,4 +101,4 @@ async def main(job: dict[str, Any], packed: bool) -> None:
 
 
 with open(sys.argv[1]) as f:
-    asyncio.run(main(json.load(f), packed="packed" in sys.argv))
+    asyncio.run(main(json.load(f), *sys.argv[2:]))

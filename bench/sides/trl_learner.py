@@ -22,6 +22,7 @@ with open(sys.argv[1]) as f:
     job: dict[str, Any] = json.load(f)
 groups = job["groups"]
 group_size = len(groups[0]["responses"])
+on_gpu = job["device"] == "cuda"
 at_rest = resident()
 
 
@@ -30,7 +31,7 @@ class Trainer(GRPOTrainer):
         if not asked():
             os._exit(0)
         scored = super()._generate_and_score_completions(inputs)
-        watch.meter = Meter()
+        watch.meter = Meter(torch.cuda if on_gpu else None)
         return scored
 
 
@@ -76,9 +77,9 @@ with tempfile.TemporaryDirectory() as scratch:
         epsilon=0.2,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=False,
-        gradient_checkpointing=False,  # its default is true, ours false
-        use_cpu=True,
+        bf16=on_gpu,
+        gradient_checkpointing=on_gpu,  # its default is true, ours false
+        use_cpu=not on_gpu,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
