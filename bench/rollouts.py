@@ -93,7 +93,6 @@ GPU = [
 ]
 FLAT = {
     "num_hidden_layers": 16,
-    "layer_types": ["full_attention"] * 16,
     "hidden_size": 32,
     "num_attention_heads": 1,
     "intermediate_size": 64,
@@ -343,6 +342,7 @@ class Bench:
                 made.logits_processors = ["script:Scripted"]
                 made.hf_overrides = {"max_position_embeddings": config.max_model_len, **shape}
                 if shape:
+                    made.hf_overrides["layer_types"] = ["full_attention"] * shape["num_hidden_layers"]
                     made.load_format = "dummy"
                 if config.cluster.device == "cuda":
                     made.async_scheduling = False  # the script reads each token before the next
@@ -548,8 +548,7 @@ def main() -> None:
     if args.quick:
         args.in_flight, args.repetitions = [128], 1
     os.chdir(ROOT)
-    if not args.gpu:
-        os.environ.update(CPU_ENV)
+    os.environ.update({"VLLM_USE_V2_MODEL_RUNNER": "0"} if args.gpu else CPU_ENV)
     settings = EVERY_TRIGGER + ([] if args.miniature else SCRIPTED) + (GPU if args.gpu else []) + args.set
     config = load(Config, "configs/quickstart.yaml", settings)
     on = machine()

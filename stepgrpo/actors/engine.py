@@ -315,7 +315,8 @@ def engine_args(
         tensor_parallel_size=config.tensor_parallel,
         # In an actor vLLM would choose Ray, and ask the cluster for GPUs that the actor itself holds.
         distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
-        gpu_memory_utilization=config.gpu_memory_utilization,
+        # vLLM asks for so much free memory at the start, also where it is told how much to take.
+        gpu_memory_utilization=config.gpu_memory_utilization if config.kv_cache_mb is None else 0.01,
         enforce_eager=config.enforce_eager or device == "cpu",
         enable_prefix_caching=True,
         scheduling_policy="priority",
