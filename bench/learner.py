@@ -25,11 +25,11 @@ import argparse
 import json
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def in_turns(sides: dict[str, Side], warm_up: int, repetitions: int) -> dict[str
         for r in range(warm_up + repetitions):
             for name in list(sides)[:: 1 if r % 2 else -1]:
                 taken = sides[name].ask()
+                print(f"{name}: {taken['seconds']:.2f} s", file=sys.stderr, flush=True)
                 if r >= warm_up:
                     done[name].append(taken)
     return done
@@ -278,7 +279,7 @@ def on_gpu(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="stepgrpo-bench-", dir="/dev/shm") as scratch:
         model = save_qwen3(Path(scratch) / "model", dtype="bfloat16", device="cuda", **QWEN3[args.gpu])
         job = job_of(with_words(model, vocabulary), random_groups(8, vocabulary, 8), 18432, "cuda")
-        done = compare(job, args.trl, args.repetitions, 1, ["sdpa", *(["liger"] if find_spec("liger_kernel") else [])])
+        done = compare(job, args.trl, args.repetitions, 1, args.ways)
     what = f"Qwen3-{args.gpu}'s shape"
     report_sides(what, job, done)
     RESULTS.with_stem("learner-gpu").write_text(json.dumps({"machine": machine(), what: done}) + "\n")
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument("--trl", metavar="PYTHON", default=os.environ.get("TRL_PYTHON"), help="a Python that has TRL")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--gpu", choices=QWEN3, help="on a GPU, a random model of this shape; nothing else")
+    parser.add_argument("--ways", nargs="*", choices=("sdpa", "liger"), default=["sdpa"], help="of ours, on a GPU")
     args = parser.parse_args()
     # transformers imports deepspeed, which says aloud what it found
     os.environ["DS_ACCELERATOR"] = "cuda" if args.gpu else "cpu"

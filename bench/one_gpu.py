@@ -19,6 +19,7 @@ import asyncio
 import json
 import os
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -103,6 +104,7 @@ async def run(model: ModelConfig, vocabulary: int, repetitions: int, directory: 
             await timed("learner: sleep", partial(asyncio.to_thread, trained.sleep))
             await timed("learner: wake", partial(asyncio.to_thread, trained.wake))
             train(trained, vocabulary)
+            print({what: round(s[-1], 3) for what, s in seconds.items()}, file=sys.stderr, flush=True)
     finally:
         engine.close()
         shared.close()

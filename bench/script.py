@@ -23,7 +23,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -119,7 +118,7 @@ class Scripted(LogitsProcessor):
         size = vllm_config.scheduler_config.max_num_seqs
         self.rows: dict[int, _Row] = {}
         if device.type == "cuda":
-            _sample_all_at_once(size, device)
+            _sample_all_at_once(device)
         self.free = np.full(size, 1 << 30)
         self.next = np.full(size, -1)
         self.p = np.zeros(size)
@@ -171,21 +170,21 @@ class Scripted(LogitsProcessor):
         return logits
 
 
-def _sample_all_at_once(size: int, device: torch.device) -> None:
+def _sample_all_at_once(device: torch.device) -> None:
     """Have seeded requests sampled together, as by the sampler that vLLM takes where no logits are steered.
 
     That one takes no logits processors; the one that does launches a kernel for each seeded request, for milliseconds.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    sampled: WeakKeyDictionary[torch.Generator, int] = WeakKeyDictionary()
     columns = torch.arange(1, WORDS.stop + 1, device=device) * 0x9E3779B1
 
     def random_sample(probs: torch.Tensor, generators: dict[int, torch.Generator], *_: Any) -> torch.Tensor:
         keys = np.zeros(len(probs), np.int64)
         for row, generator in generators.items():
-            sampled[generator] = count = sampled.get(generator, 0) + 1
-            keys[row] = hash((generator.initial_seed(), count)) & 0x7FFFFFFF
+            sampled = generator.get_offset()  # which is a multiple of 4
+            generator.set_offset(sampled + 4)
+            keys[row] = hash((generator.initial_seed(), sampled)) & 0x7FFFFFFF
         x = (torch.from_numpy(keys).to(device, non_blocking=True)[:, None] ^ columns) & 0xFFFFFFFF
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # the end of MurmurHash3
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
