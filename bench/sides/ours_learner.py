@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 from typing import Any
 
@@ -75,10 +74,7 @@ async def main(job: dict[str, Any], *ways: str) -> None:
         reward=RewardConfig(grader="exact"),
     )
     worker._packed = packed  # no setting packs on CPU, because it is slower there
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    await worker.setup("127.0.0.1", port)
+    await worker.setup(*await worker.listen())
     groups = [group_of(draw, row) for draw, row in enumerate(job["groups"])]
 
     async def ready(value: Any) -> Any:
