@@ -287,7 +287,8 @@ def test_runs_are_compared_by_their_curves_and_by_the_settings_that_differ(run: 
         page.locator("#chosen label", has_text="other").locator("input").check()
         expect(page.locator("#table tbody tr")).to_have_count(2)
         assert page.locator("#differences tbody tr").all_inner_texts() == ["reward.beta\t0.5\t0.25"]
-        # Of each run the updates, their average and the evaluations.
+        # Of each run the updates, their average and the evaluations; drawn where it is looked at.
+        page.locator("#overlaid .plot").first.scroll_into_view_if_needed()
         expect(page.locator("#overlaid .plot").first.locator(".scatterlayer .trace")).to_have_count(6)
         page.select_option("#run", "other")
         expect(page.locator("h1")).to_have_text("other")

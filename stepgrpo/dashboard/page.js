@@ -1,6 +1,7 @@
 'use strict';
 
-const LOOK = 2000;  // ms between two looks at what is new
+const LOOK = [5000, 10000];  // ms between two looks at what is new, while the page is seen
+const SHARE = .01;  // of its time that the page draws, as far as that leaves the next look in these bounds
 const SHOWN_EVENTS = 6;
 const RECENT = 20;  // batches over which the pace is taken
 const SILENT = 120;  // s without a word, after which a run whose lock nobody is seen to hold is not called running
@@ -10,6 +11,8 @@ const at = id => document.getElementById(id);
 const pick = () => null;  // the header has it
 const view = {page: 'overview', run: null, names: null, compared: new Set(), tags: new Map(), answered: null, built: false};
 const texts = new Map();
+let next = null;  // timer of the next look; null: nobody sees the page
+let drawn = 0;  // ms that drawing took since the last look
 
 // ---- what is asked
 
@@ -30,6 +33,7 @@ function sample(run, i) {
 }
 
 async function look() {
+  next = drawn = 0;
   try {
     await choose(await ask('runs'));
     for (const name of wanted()) await follow(name);
@@ -40,7 +44,7 @@ async function look() {
   } catch (error) {
     trouble(error);
   } finally {
-    setTimeout(look, document.hidden ? 5 * LOOK : LOOK);
+    next = document.hidden ? null : setTimeout(look, Math.min(Math.max(LOOK[0], drawn / SHARE), LOOK[1]));
   }
 }
 
@@ -139,7 +143,7 @@ function build() {
 }
 
 function present() {
-  const run = picked();
+  const run = picked(), begin = performance.now();
   state.group = Math.max(0, Math.min(state.group, run.samples.length - 1));
   overview(run);
   logs(run);
@@ -149,6 +153,7 @@ function present() {
   document.querySelector('h1').textContent = run.name;
   document.title = `${run.name} · stepgrpo`;
   at('freshness').textContent = run.status.written ? `${run.path} was last written ${moment(run.status.written)}, ${new Date(run.status.written * 1000).toLocaleDateString()}.` : '';
+  drawn += performance.now() - begin;
 }
 
 const newest = (run, name) => run.curves[name]?.findLast(v => v !== null) ?? null;
@@ -365,4 +370,5 @@ const clock = seconds => {
 };
 
 turnPage(tabs.some(t => t.dataset.page === begun.get('page')) ? begun.get('page') : 'overview');
+document.addEventListener('visibilitychange', () => { if (!document.hidden && next === null) look(); });
 look();

@@ -35,8 +35,12 @@ function card(parent, {title, note, wide, picker, height = 290}, build) {
   const box = el('div', {class: 'plot', role: 'img', 'aria-label': title});
   const caption = el('figcaption', {}, el('b', {}, title), note ? el('p', {}, note) : null, picker ?? null);
   parent.append(el('figure', {class: wide ? 'card wide' : 'card'}, caption, box));
-  const chart = {box, build, height, width: 0};
+  const chart = {box, build, height, width: 0, seen: false, stale: false};
   charts.push(chart);
+  new IntersectionObserver(entries => {
+    chart.seen = entries.at(-1).isIntersecting;
+    if (chart.seen && chart.stale) draw(chart);
+  }).observe(box);
   new ResizeObserver(() => { if (box.clientWidth !== chart.width) draw(chart); }).observe(box);
   draw(chart);
 }
@@ -44,6 +48,7 @@ function card(parent, {title, note, wide, picker, height = 290}, build) {
 function draw(chart) {
   const {box, build} = chart;
   const width = chart.width = box.clientWidth;
+  chart.stale = false;
   if (!width) return;
   const made = build(width);
   if (typeof made === 'string') {
@@ -70,7 +75,8 @@ function draw(chart) {
 const axis = more => ({gridcolor: css('--grid'), zerolinecolor: css('--line'), linecolor: css('--line'), ...more,
   title: {text: more?.title, font: {size: 12}, standoff: 8}});
 
-const redraw = () => charts.forEach(draw);
+/** What is off the screen is drawn when it comes back: a live page follows its run at a fraction of the cost. */
+const redraw = (all = false) => charts.forEach(chart => { if (all || chart.seen) draw(chart); else chart.stale = true; });
 
 /** Moving average whose weights fall off to both sides: an outlier leaves a hump, not a block. */
 function smooth(values) {
@@ -555,6 +561,6 @@ function viewer(root) {
   });
 }
 
-matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
-addEventListener('beforeprint', () => { document.documentElement.classList.add('printing'); redraw(); });
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => redraw(true));
+addEventListener('beforeprint', () => { document.documentElement.classList.add('printing'); redraw(true); });
 addEventListener('afterprint', () => { document.documentElement.classList.remove('printing'); redraw(); });
