@@ -31,6 +31,28 @@ BEAT = "beat"
 """File there that the driver touches for as long as its event loop runs."""
 BEAT_SECONDS = 5.0
 
+QUIETER = {
+    "METRICS_RECORD_INTERVAL_S": "60",  # the dashboard's own memory, which takes reading every page of its processes
+    "REPORTER_UPDATE_INTERVAL_MS": "10000",  # a node's processes and load: Ray passes them on every 10 s
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "10",  # Ray's own events, looked for twice: on the node and in the dashboard
+}
+"""Environment of a Ray of our own, where the user has not set it: how often it looks at itself, 5, 5 and 2 s else."""
+DASHBOARD = (
+    "NodeHead",
+    "ReportHead",
+    "JobHead",
+    "StateHead",
+    "EventHead",
+    "MetricsHead",
+    "UsageStatsHead",
+    "PlatformEventsHead",
+    "TaskEventsHead",
+)
+"""Parts of Ray's dashboard that are of use here: all but `DataHead`, `ServeHead` and `TrainHead`. Each is a process
+that is asked every second whether it lives; the last two of these are off in Ray by default."""
+DASHBOARD_NICENESS = 19
+"""Ray has its workers at 15: at 0, as Ray starts it, the dashboard would always go before them."""
+
 T = TypeVar("T")
 
 
@@ -70,10 +92,12 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
         if cluster.temp_dir is None:
             private = tempfile.mkdtemp(prefix="sg", dir=os.environ.get(SCRATCH, "/tmp"))
         _check_temp_dir(private or str(cluster.temp_dir))
+        for name, value in QUIETER.items():
+            os.environ.setdefault(name, value)
     try:
         if not address:
             store = cluster.object_store_mb
-            with _on_loopback():
+            with _on_loopback(), _light_dashboard():
                 ray.init(
                     _temp_dir=private or cluster.temp_dir,
                     include_dashboard=cluster.dashboard_port is not None,
@@ -107,6 +131,31 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _light_dashboard() -> Iterator[None]:
+    """Ray's dashboard starts with the parts in ``DASHBOARD`` alone, and gives way to the run where both want one core.
+    Its own program takes a list of parts, but nothing that is public passes one on."""
+    from ray._private import ray_constants, services
+
+    start = services.start_ray_process
+
+    def lightly(command: list[str], process_type: str, *args: Any, **more: Any) -> Any:
+        if process_type != ray_constants.PROCESS_TYPE_DASHBOARD:
+            return start(command, process_type, *args, **more)
+        if not any(word.startswith("--modules-to-load") for word in command):  # else the dashboard is off
+            command = [*command, f"--modules-to-load={','.join(DASHBOARD)}"]
+        started = start(command, process_type, *args, **more)
+        with contextlib.suppress(OSError):  # it ended at once, which Ray is about to say
+            os.setpriority(os.PRIO_PROCESS, started.process.pid, DASHBOARD_NICENESS)
+        return started
+
+    services.start_ray_process = lightly
+    try:
+        yield
+    finally:
+        services.start_ray_process = start
 
 
 def spilled_bytes() -> int:

@@ -88,3 +88,28 @@ def test_a_local_ray_listens_on_loopback_where_others_may_join_it(monkeypatch):
     """)
     done = subprocess.run([sys.executable, "-c", program, JOIN], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout == "joined\n", done.stderr
+
+
+def test_a_local_rays_dashboard_has_the_parts_of_use_here_and_gives_way_to_the_run(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("REPORTER_UPDATE_INTERVAL_MS", "7000")
+    program = textwrap.dedent("""
+        import os, psutil, sys
+        from ray.util.state import list_nodes
+        from stepgrpo.config import ClusterConfig
+        from stepgrpo.launch import session
+        with session(ClusterConfig(device="cpu", object_store_mb=100, dashboard_port=int(sys.argv[1])), []):
+            titles = {p: p.cmdline()[0] for p in psutil.Process().children(recursive=True)}
+            parts = {title.split("-")[2]: p.nice() for p, title in titles.items() if title.startswith("ray-dashboard-")}
+            print(sorted(parts), set(parts.values()), len(list_nodes(f"http://127.0.0.1:{sys.argv[1]}")))
+            print({name: os.environ[name] for name in ("REPORTER_UPDATE_INTERVAL_MS", "METRICS_RECORD_INTERVAL_S")})
+    """)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    done = subprocess.run([sys.executable, "-c", program, port], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "['EventHead', 'JobHead', 'MetricsHead', 'NodeHead', 'ReportHead', 'StateHead'] {19} 1",
+        "{'REPORTER_UPDATE_INTERVAL_MS': '7000', 'METRICS_RECORD_INTERVAL_S': '60'}",
+    ]
