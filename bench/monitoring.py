@@ -1,16 +1,18 @@
 """What watching a run costs: training with everything on against training with nothing on.
 
-    python bench/monitoring.py [--repetitions 3] [--batches 40]
+    python bench/monitoring.py [--repetitions 3] [--batches 40] [--watchers ray prometheus wandb page]
 
     off   no dashboard of Ray's, nothing scraped, no Weights & Biases, nobody looks
-    on    Ray's dashboard; Prometheus scrapes every 10 s, where it is installed; Weights & Biases, offline;
-          `stepgrpo dashboard` serves, and a client asks it as an open page does, every two seconds
+    on    ray         Ray's dashboard
+          prometheus  scrapes every 10 s, where it is installed; only a Ray with a dashboard lists its nodes
+          wandb       Weights & Biases, offline
+          page        `stepgrpo dashboard` serves, and a page of it is open in Chromium, where that is installed
 
-Spans and figures for Ray's agents are always kept; what they take is timed by itself and given per batch. All runs are
-strictly on-policy with one seed, so batch n is the same work in each, token for token: the ratio is that of the same
-batches' seconds. Runs alternate: off on, on off, ... Here all that watches shares the cores of what is watched; the
-processor seconds of each watcher are counted as well, which other work on the machine disturbs less, and which is what
-remains where a watcher has cores of its own: nothing.
+Fewer watchers tell what one of them costs. Spans and figures for Ray's agents are always kept; what they take is timed
+by itself and given per batch. All runs are strictly on-policy with one seed, so batch n is the same work in each, token
+for token: the ratio is that of the same batches' seconds. Runs alternate: off on, on off, ... Here all that watches
+shares the cores of what is watched; the processor seconds of each watcher are counted as well, which other work on the
+machine disturbs less, and which is what remains where a watcher has cores of its own: nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +25,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -45,12 +45,14 @@ WATCHERS = {
     "Prometheus": ("prometheus",),
     "Weights & Biases": ("wandb-core",),
     "stepgrpo dashboard": ("stepgrpo dashboard",),
+    "its page in Chromium": ("chromium",),
 }
 """Name -> what the command line of its processes has in it."""
-OTHERS = "the page that asks"
+BENCH = "this bench, which looks at all processes"
+KINDS = ("ray", "prometheus", "wandb", "page")
+"""Of watchers, as the command line has them."""
 WARM_UP = 5
 """Batches at the start that are not counted."""
-LOOK_SECONDS = 2.0
 CPU_SECONDS = 1.0
 """Between two looks at all processes' clocks; what one that ends used since the last is not counted."""
 RESAMPLES = 2000
@@ -60,9 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--watchers", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     print(machine())
+    print("on:", ", ".join(args.watchers))
     runs: dict[str, list[list[float]]] = {"off": [], "on": []}
     used: dict[str, list[dict[str, float]]] = {"off": [], "on": []}
     spans_per_batch = 0.0
@@ -70,8 +74,9 @@ def main() -> None:
         for repetition in range(args.repetitions):
             for kind in ("off", "on") if repetition % 2 == 0 else ("on", "off"):
                 run = Path(directory) / f"{kind}{repetition}"
-                with watched(run) if kind == "on" else ExitStack():
-                    used[kind].append(train(run, args.batches, kind == "on"))
+                watchers = args.watchers if kind == "on" else ()
+                with watched(run, watchers):
+                    used[kind].append(train(run, args.batches, watchers))
                 seconds = [
                     line["time/batch"] for line in read_json_lines(run / "metrics.jsonl") if "time/batch" in line
                 ]
@@ -91,26 +96,31 @@ def main() -> None:
         ["to record them, share of a batch", f"{spans_per_batch * span / batch:.3%}", f"{span * 1e6:.1f} us each"],
     ]
     print(table(["", "", "95 % over batches"], rows))
-    whole = {kind: sum(u["all"] for u in of) for kind, of in used.items()}
-    print(f"\nprocessor seconds of the run and of its watchers: {whole['off']:.0f} off, {whole['on']:.0f} on; of these")
-    print(
-        table(
-            ["", "off", "on"],
-            [
-                [name, *(f"{sum(u[name] for u in of) / whole[kind]:.2%}" for kind, of in used.items())]
-                for name in (*WATCHERS, OTHERS)
-            ],
-        )
-    )
+    print()
+    print(table(["processor seconds", "off", "on", "share of all, off", "on"], shares(used)))
     if args.out:
         record = {
             "machine": machine(),
+            "watchers": list(args.watchers),
             "ratios": ratios.tolist(),
             "interval": [low, high],
             "seconds": runs,
             "cpu": used,
         }
         args.out.write_text(json.dumps(record | {"span_seconds": span, "spans_per_batch": spans_per_batch}) + "\n")
+
+
+def shares(used: dict[str, list[dict[str, float]]]) -> list[list[str]]:
+    """Whose processor seconds they are, of all repetitions, and of how many of all."""
+    sums = {kind: {name: sum(u[name] for u in of) for name in of[0]} for kind, of in used.items()}
+    for of in sums.values():
+        of["the run itself"] = of["all"] - sum(of[name] for name in (*WATCHERS, BENCH))
+        of["all that watches"] = sum(of[name] for name in WATCHERS)
+    names = (*WATCHERS, "all that watches", "the run itself", BENCH, "all")
+    off, on = sums["off"], sums["on"]
+    return [
+        [n, f"{off[n]:.2f}", f"{on[n]:.2f}", f"{off[n] / off['all']:.2%}", f"{on[n] / on['all']:.2%}"] for n in names
+    ]
 
 
 def interval(off: np.ndarray, on: np.ndarray) -> tuple[float, float]:
@@ -136,8 +146,8 @@ def span_seconds(number: int = 20_000) -> float:
     return median(takes)
 
 
-def train(run: Path, batches: int, is_watched: bool) -> dict[str, float]:
-    """Processor seconds, of all and of each watcher."""
+def train(run: Path, batches: int, watchers: Sequence[str]) -> dict[str, float]:
+    """Processor seconds of the counted batches, of all and of each watcher."""
     settings = [
         f"name={run.name}",
         f"runs_dir={run.parent}",
@@ -148,21 +158,26 @@ def train(run: Path, batches: int, is_watched: bool) -> dict[str, float]:
         "checkpoint.every=0",
         "learner.schedule=constant",
     ]
-    if is_watched:
-        settings += [f"cluster.temp_dir={run}.r", f"cluster.dashboard_port={free_port()}", "train.wandb=offline"]
+    if "ray" in watchers:
+        settings += [f"cluster.temp_dir={run}.r", f"cluster.dashboard_port={free_port()}"]
+    if "wandb" in watchers:
+        settings.append("train.wandb=offline")
     command = [sys.executable, "-m", "stepgrpo", "train", "configs/quickstart.yaml", *settings]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before: dict[int, tuple[str, float]] = {}
     after: dict[int, tuple[str, float]] = {}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as running:
+        done = 0
         while running.poll() is None:
-            after |= processor_seconds()
-            if not before and sum(1 for _ in read_json_lines(run / "draws.jsonl")) >= WARM_UP:
-                before = after.copy()
+            if done < batches:  # how a run ends is not what is timed
+                done = sum(1 for _ in read_json_lines(run / "draws.jsonl"))
+                after |= processor_seconds()
+                if not before and done >= WARM_UP:
+                    before = after.copy()
             time.sleep(CPU_SECONDS)
     if running.returncode:
         raise SystemExit(f"the run ended with status {running.returncode}")
-    used = dict.fromkeys(["all", *WATCHERS, OTHERS], 0.0)
+    used = dict.fromkeys(["all", *WATCHERS, BENCH], 0.0)
     for pid, (name, until) in after.items():
         seconds = until - before.get(pid, (name, 0.0))[1]
         used["all"] += seconds
@@ -174,7 +189,7 @@ def train(run: Path, batches: int, is_watched: bool) -> dict[str, float]:
 def processor_seconds() -> dict[int, tuple[str, float]]:
     """Process -> the watcher that it is of, if any, and its seconds until now."""
     own = psutil.Process()
-    out = {own.pid: (OTHERS, time.process_time())}  # it is the open page, and looks at all these processes
+    out = {own.pid: (BENCH, time.process_time())}
     for process in own.children(recursive=True):
         with suppress(psutil.Error):
             line, times = " ".join(process.cmdline()), process.cpu_times()
@@ -184,42 +199,44 @@ def processor_seconds() -> dict[int, tuple[str, float]]:
 
 
 @contextmanager
-def watched(run: Path) -> Iterator[None]:
-    """Whoever looks at a run, during the block."""
+def watched(run: Path, watchers: Sequence[str]) -> Iterator[None]:
+    """Whoever looks at a run from outside, during the block."""
     with ExitStack() as stack:
-        over = threading.Event()
-        port = free_port()
-        command = [sys.executable, "-m", "stepgrpo", "dashboard", run.parent, f"--port={port}"]
-        stack.enter_context(process(*command))
-        if shutil.which("prometheus"):
+        if "page" in watchers:
+            port = free_port()
+            stack.enter_context(process(sys.executable, "-m", "stepgrpo", "dashboard", run.parent, f"--port={port}"))
+            if is_installed("chromium"):
+                await_port(port)
+                url = f"http://127.0.0.1:{port}/#page=overview&run={run.name}"
+                # The port keeps it open; nobody speaks to it there.
+                options = ("--headless", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={run}.browser")
+                stack.enter_context(process("chromium", *options, url))
+        if "prometheus" in watchers and is_installed("prometheus"):
             config = run.with_suffix(".yml")
             shipped = ROOT / "cluster" / "prometheus" / "prometheus.yml"
             config.write_text(shipped.read_text().replace("/tmp/ray", f"{run}.r"))
             data = f"--storage.tsdb.path={run}.tsdb"
             address = f"--web.listen-address=127.0.0.1:{free_port()}"
             stack.enter_context(process("prometheus", f"--config.file={config}", data, address, "--log.level=error"))
-        else:
-            print("on: without Prometheus, which is not installed")
-        page = threading.Thread(target=look, args=(port, run.name, over))
-        page.start()
+        yield
+
+
+def is_installed(program: str) -> bool:
+    found = shutil.which(program) is not None
+    if not found:
+        print(f"on: without {program}, which is not installed")
+    return found
+
+
+def await_port(port: int, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while True:
         try:
-            yield
-        finally:
-            over.set()
-            page.join()
-
-
-def look(port: int, name: str, over: threading.Event) -> None:
-    """Ask as an open page does."""
-    tags: dict[str, str] = {}
-    while not over.wait(LOOK_SECONDS):
-        for what in ("runs", f"run?run={name}", f"timeline?run={name}&pixels=1200", f"activity?run={name}"):
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/api/{what}")
-            if what in tags:
-                request.add_header("If-None-Match", tags[what])
-            with suppress(OSError), urllib.request.urlopen(request, timeout=20) as answer:
-                answer.read()
-                tags[what] = answer.headers.get("ETag", "")
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 @contextmanager
@@ -229,6 +246,7 @@ def process(*command: object) -> Iterator[None]:
             yield
         finally:
             running.terminate()
+            running.wait()
 
 
 def free_port() -> int:
