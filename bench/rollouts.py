@@ -8,7 +8,8 @@ and decide the same trajectories, by the same code:
 
     plain     sampling without any probe, of the lengths that the others end up with: the upper bound
     ours      stepgrpo.actors.rollout: probing while it goes on thinking
-    groups    ours, but a group's places are free for others only when its last trajectory has ended (with `--loops`)
+    places    ours as a worker has it: more groups than fit whole, whose trajectories wait for places (with `--loops`)
+    groups    only as many as fit whole: places are free for others when a group's last trajectory has ended (the same)
     pausing   one coroutine per trajectory, which waits for each of its probes (with `--loops`)
     batches   everyone thinks to the next trigger, all wait, everyone probes, all wait, until the last of N trajectories
               has ended; then the next N. The loop of the code released with the method (arXiv 2604.16890), without its
@@ -63,11 +64,12 @@ from models import QWEN3
 
 from stepgrpo.actors import engine as vllm_engine
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
-from stepgrpo.actors.rollout import LATER, Chunk, Engine, Rollout, Sampling
+from stepgrpo.actors.rollout import LATER, Chunk, Engine, Places, Rollout, Sampling
 from stepgrpo.actors.truncation import Answer, Trigger, seed_for
 from stepgrpo.config import Config, RolloutConfig, load
 from stepgrpo.data import PromptStream, load_problems
 from stepgrpo.hub import eos_ids
+from stepgrpo.pool import LOAD
 from stepgrpo.tokens import Codec
 from stepgrpo.types import Prompt
 
@@ -172,15 +174,16 @@ async def streaming(rollout: Rollout, held: float, problems: Problems, num: int,
     await _at_any_time(place, num, meter)
 
 
-async def whole_groups(rollout: Rollout, problems: Problems, num: int, meter: Meter) -> None:
-    """As many groups as fit whole; a place stays empty until the last trajectory of its group has ended."""
+async def in_groups(rollout: Rollout, load: int, problems: Problems, num: int, meter: Meter) -> None:
+    """``load`` times as many groups as fit whole; with 1 a place stays empty until the last one of its group ends."""
+    rollout.places = Places(num)
 
     async def group() -> None:
         for prompt in problems:
             for t in (await rollout.group(prompt, GROUP)).trajectories:
                 meter.work += Work(int(t.sampled.sum()), t.probe_tokens, t.discarded_tokens, len(t.probes), 1)
 
-    await _at_any_time(group, num // GROUP, meter)
+    await _at_any_time(group, load * num // GROUP, meter)
 
 
 async def _at_any_time(worker: Callable[[], Awaitable[None]], num: int, meter: Meter) -> None:
@@ -387,7 +390,8 @@ class Bench:
             "rounds": partial(rounds, waiting, True),
             "batches": partial(rounds, waiting, False),
             "pausing": partial(pausing, waiting),
-            "groups": partial(whole_groups, probing),
+            "places": partial(in_groups, rollout(self.engine, config.rollout), LOAD),
+            "groups": partial(in_groups, rollout(self.engine, config.rollout), 1),
             "ours": partial(streaming, probing, (config.engine.stream_interval - 1) / 2),
             "plain": partial(streaming, unprobed, 0),
         }

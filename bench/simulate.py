@@ -1,11 +1,13 @@
 """How far one driver reaches: the real loop over simulated engines and a simulated learner, in virtual time.
 
     python bench/simulate.py [--workers 1 4 16 64 256 1024] [--staleness 0 1 2] [--sizing] [--out FILE]
+    python bench/simulate.py --places [--workers 1 4 16] [--staleness 0 1 2]     # where engine.max_num_seqs binds
 
 `train.Loop` with its pool, admission, rewards, plans, metrics and files runs as it is. What it talks to is simulated:
 
-    engine   decodes all its trajectories at once, tokens/s = n / (a + b n) up to what the KV cache holds; new weights
-             arrive over the network, then it stands still to load them and to compute the running sequences' KV anew
+    engine   decodes as many trajectories at once as it has places, the earliest draws first, tokens/s = n / (a + b n)
+             up to what the KV cache holds; new weights arrive over the network, then it stands still to load them and
+             to compute the running sequences' KV anew
     learner  an update takes its plan's micro-batches, each as long as the slowest rank's
 
 and the clock jumps to the next thing that happens, so that hours pass in seconds. What the driver itself computes is
@@ -42,6 +44,7 @@ import numpy as np
 from figures import machine, table
 from rich.console import Console
 
+from stepgrpo import pool
 from stepgrpo.config import Config, load
 from stepgrpo.console import Display
 from stepgrpo.data import Problem, PromptStream
@@ -267,7 +270,8 @@ class _Group:
 
     prompt: Prompt
     lengths: list[int]
-    oldest: int
+    oldest: list[int]
+    """Version that each trajectory begins under."""
     newest: int
     left: int
     done: asyncio.Future[int]
@@ -340,13 +344,15 @@ class _Actor:
 
 
 class Worker(_Actor):
-    """An engine that decodes all its trajectories at the same speed."""
+    """An engine that decodes all trajectories that have a place at the same speed."""
 
     def __init__(self, world: World, index: int) -> None:
         super().__init__(world, index)
         self.version = 0
         self.decoded = self.busy = 0.0
         self._each = 0.0  # tokens that a trajectory that was always here would have by now
+        self._free = world.config.engine.max_num_seqs
+        self._waiting: list[tuple[int, int, _Group]] = []
         self._ends: list[tuple[float, int, int, _Group]] = []
         self._at = self._resumes = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -365,11 +371,20 @@ class Worker(_Actor):
     def roll(self, prompt: Prompt) -> tuple[Any, _Group]:
         self.advance()
         lengths = self.world.lengths(prompt.draw, self.world.group_size)
-        group = _Group(prompt, lengths, self.version, self.version, len(lengths), self.world.loop.create_future())
-        for i, n in enumerate(lengths):
-            heapq.heappush(self._ends, (self._each + n, prompt.draw, i, group))
+        size = len(lengths)
+        group = _Group(prompt, lengths, [self.version] * size, self.version, size, self.world.loop.create_future())
+        for i in range(size):
+            heapq.heappush(self._waiting, (prompt.draw, i, group))
+        self._begin()
         self._arm()
         return group.done, group
+
+    def _begin(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            draw, i, group = heapq.heappop(self._waiting)
+            group.oldest[i] = self.version
+            heapq.heappush(self._ends, (self._each + group.lengths[i], draw, i, group))
 
     @_aside
     def load(self, weights: Any) -> Any:
@@ -408,12 +423,14 @@ class Worker(_Actor):
         self.advance()
         while self._ends and self._ends[0][0] <= self._each + 1e-6:
             group = heapq.heappop(self._ends)[-1]
+            self._free += 1
             group.left -= 1
             if not group.left:
                 group.newest = self.version
                 self.note("generate", 1.0, draw=group.prompt.draw, tokens=sum(group.lengths),
-                          oldest=group.oldest, newest=group.newest)  # fmt: skip
+                          oldest=min(group.oldest), newest=group.newest)  # fmt: skip
                 _set(group.done, sum(group.lengths))
+        self._begin()
         self._arm()
 
 
@@ -475,7 +492,7 @@ def _graded(g: _Group) -> GradedGroup:
             exit=Exit.CONFIDENT if i % 2 else Exit.NATURAL,
             complete=True,
             control=False,
-            oldest_version=g.oldest,
+            oldest_version=g.oldest[i],
             newest_version=g.newest,
             probe_confidences=(),
             probe_verdicts=(),
@@ -633,6 +650,31 @@ def shown(results: Sequence[Result]) -> str:
     return table(header, rows)
 
 
+def places(workers: Sequence[int], staleness: Sequence[int], batches: int, lengths: Lengths) -> str:
+    """Engines of 40 places and batches four times as large: only groups that fit whole, against more of them."""
+    rows = []
+    for w, s, size in product(workers, staleness, (5, 8)):
+        results = []
+        for load_ in (1, pool.LOAD):
+            more = (f"train.num_batches={batches}", "engine.max_num_seqs=40", f"rollout.group_size={size}")
+            with tempfile.TemporaryDirectory() as directory, patch("stepgrpo.pool.LOAD", load_):
+                groups = 4 * 40 * w // size
+                results.append(simulate(setting(directory, w, 2 * ranks_for(w), s, *more, groups=groups), lengths))
+        whole, ours = results
+        rows.append(
+            (
+                str(w), str(s), str(size), f"{whole.groups_per_second:.3f}", f"{ours.groups_per_second:.3f}",
+                f"{ours.groups_per_second / whole.groups_per_second:.2f}",
+                f"{whole.engines_use:.0%}, {ours.engines_use:.0%}",
+                f"{whole.staleness_mean:.2f}, {ours.staleness_mean:.2f}", f"{ours.staleness_max}",
+            )
+        )  # fmt: skip
+        print(f"  {w} workers, max_staleness {s}, groups of {size}: done", flush=True)
+    header = ("workers", "max_staleness", "group", "groups/s, whole", "places", "ratio", "engines' use",
+              "staleness mean", "max")  # fmt: skip
+    return table(header, rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """How so many GPUs are shared out."""
@@ -698,12 +740,16 @@ def main() -> None:
     parser.add_argument("--staleness", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--lengths", choices=LENGTHS, default="long-tailed")
+    parser.add_argument("--places", action="store_true", help="instead: groups that wait for places against none")
     parser.add_argument("--sizing", action="store_true", help="also the table of GPUs for Qwen3-8B and 32B")
     parser.add_argument("--out", type=Path, help="results as JSON")
     args = parser.parse_args()
     print(machine())
     lengths = LENGTHS[args.lengths]()
     print(f"lengths: {lengths.name}, {lengths.mean():,.0f} tokens on average, at most {lengths.limit:,}")
+    if args.places:
+        print(places(args.workers, args.staleness, args.batches, lengths))
+        return
     results = scan(args.workers, args.staleness, args.batches, lengths)
     print(shown(results), "\n\nseconds for 16 GB on all nodes, passed on / from one node alone:", sep="\n")
     print(broadcasts(16e9))

@@ -210,7 +210,7 @@ class EngineConfig(Section):
     tensor_parallel: PositiveInt = 1
     """GPUs of one engine."""
     max_num_seqs: PositiveInt = 256
-    """Sequences decoded at the same time."""
+    """Trajectories decoded at the same time. Up to three times as many groups as fit wait for places."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Share of a GPU's memory for weights and KV cache."""
     kv_cache_mb: PositiveInt | None = None

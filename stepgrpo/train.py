@@ -234,8 +234,8 @@ class Loop:
         newest = self.weights.version if self.weights else 0
         if not self._again and not self.ledger.may_admit(newest):
             return False  # before all workers are looked at
-        free = [s for s in self.pool.seats if len(s.draws) < s.capacity]
-        seat = max(free, key=lambda s: (s.version, -len(s.draws)), default=None)
+        free = [s for s in self.pool.seats if s.has_room]
+        seat = max(free, key=lambda s: (s.version if s.has_places else -1, -len(s.draws)), default=None)
         if seat is None:
             return False
         again = next((a for a in self._again if a.version <= seat.version), None)

@@ -11,6 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import simulate
 
+from stepgrpo import pool
+
 
 def test_simulated_hours_pass_at_once_and_in_order():
     async def naps() -> list[str]:
@@ -44,6 +46,40 @@ def test_sampling_ahead_keeps_the_learner_busier_than_strictly_on_policy(tmp_pat
         for s in (0, 1)
     ]
     assert idle[1] < idle[0]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_groups_beyond_those_that_fit_whole_take_the_places_that_others_leave(tmp_path, monkeypatch, staleness):
+    use, draws = [], []
+    for load in (1, pool.LOAD):
+        monkeypatch.setattr(pool, "LOAD", load)
+        more = ("train.num_batches=5", "engine.max_num_seqs=20", f"runs_dir={tmp_path / str(load)}")
+        config = simulate.setting("", 2, 2, staleness, *more)
+        use.append(simulate.simulate(config, simulate.long_tailed()).engines_use)
+        draws.append((config.run_dir / "draws.jsonl").read_text())
+    assert use[1] > 1.05 * use[0]
+    assert draws[0] == draws[1]
+
+
+def test_a_worker_gets_more_groups_than_fit_only_where_no_other_has_places(tmp_path, monkeypatch):
+    there: dict[int, int] = {0: 0, 1: 0, 2: 0}
+    beyond = 0
+    roll = simulate.Worker.roll
+
+    def counted(self, prompt):
+        nonlocal beyond
+        if there[self.index] >= 4:
+            beyond += 1
+            assert min(there.values()) >= 4
+        there[self.index] += 1
+        done, group = roll(self, prompt)
+        done.add_done_callback(lambda _: there.update({self.index: there[self.index] - 1}))
+        return done, group
+
+    monkeypatch.setattr(simulate.Worker, "roll", counted)
+    config = simulate.setting(str(tmp_path), 3, 2, 0, "train.num_batches=3", "engine.max_num_seqs=20")
+    simulate.simulate(config, simulate.long_tailed())
+    assert beyond > 10
 
 
 def test_an_engine_decodes_what_its_groups_are_long_in_the_time_its_rate_says(tmp_path):

@@ -12,11 +12,12 @@ tokens thrown away. A trajectory waits for its own probes only; there is no barr
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import math
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -101,6 +102,43 @@ class Engine(Protocol):
         ...
 
 
+class Places:
+    """For so many trajectories at a time, of more groups than fit whole: a place is free for another group as soon as
+    its trajectory ends. The earliest draw that waits is next, also one that is sampled again."""
+
+    def __init__(self, num: int) -> None:
+        self._free = num
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._count = itertools.count()
+
+    @asynccontextmanager
+    async def taken(self, draw: int) -> AsyncIterator[None]:
+        """Have one during the block."""
+        if self._free:
+            self._free -= 1
+        else:
+            turn = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (draw, next(self._count), turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():  # it had its turn already
+                    self._next()
+                raise
+        try:
+            yield
+        finally:
+            self._next()
+
+    def _next(self) -> None:
+        while self._waiting:
+            *_, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
 class Rollout:
     """Samples groups of trajectories from an engine."""
 
@@ -113,10 +151,12 @@ class Rollout:
         eos_ids: Sequence[int],
         run_seed: int,
         spans: Spans | None = None,
+        places: Places | None = None,
     ) -> None:
         """
         Args:
             spans: gets the probes of every 16th draw.
+            places: for what is trained on; None: as many as are asked for.
 
         Raises:
             ValueError: a setting that does not fit the tokenizer or the token budget.
@@ -129,6 +169,7 @@ class Rollout:
         self.stop_ids = tuple(sorted(self.eos_ids))
         self.run_seed = run_seed
         self.spans = spans or Spans()
+        self.places = places
         self.step_rule = make_step_rule(config)
         # What the budget forces is the same for every method that is compared, whatever a preset would append to it.
         self.close_ids = codec.encode(think_close)
@@ -180,7 +221,8 @@ class Rollout:
 
     async def trajectory(self, prompt: Prompt, sample: int, *, plain: EvalConfig | None = None) -> Trajectory:
         """Sample trajectory number ``sample`` of a prompt's group; ``plain`` as in ``group``."""
-        return await _Run(self, prompt, sample, plain).trajectory()
+        async with self.places.taken(prompt.draw) if self.places and not plain else nullcontext():
+            return await _Run(self, prompt, sample, plain).trajectory()
 
 
 @contextmanager
@@ -461,7 +503,7 @@ class _Run:
             closing=closing,
             complete=self.complete,
             control=self.control,
-            spans=tuple(VersionSpan(int(versions[a]), a, b) for a, b in pairwise(edges)),
+            spans=tuple(VersionSpan(int(versions[a]), a, b) for a, b in itertools.pairwise(edges)),
             probes=tuple(self.records),
             probe_tokens=probe_tokens,
             discarded_tokens=discarded_tokens + self.probe_tokens - probe_tokens,

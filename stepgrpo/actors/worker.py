@@ -14,7 +14,7 @@ import ray
 
 from stepgrpo.actors.describe import describe
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
-from stepgrpo.actors.rollout import Rollout
+from stepgrpo.actors.rollout import Places, Rollout
 from stepgrpo.actors.stats import EngineStats
 from stepgrpo.config import Config
 from stepgrpo.hub import checkpoint_files, eos_ids
@@ -68,7 +68,14 @@ class RolloutWorker:
             record=EngineStats(c.name, self._index, c.model.path).record,
         )
         self._rollout = Rollout(
-            self._engine, codec, c.rollout, c.model.think_close, eos, run_seed=c.seed, spans=self._spans
+            self._engine,
+            codec,
+            c.rollout,
+            c.model.think_close,
+            eos,
+            run_seed=c.seed,
+            spans=self._spans,
+            places=Places(c.engine.max_num_seqs),
         )
         self._grader = make_grader(c.reward, c.model.think_close)
 

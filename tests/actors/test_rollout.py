@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scripted import Reply, ScriptedEngine, at_random, piece_codec, prompt_of, word_codec
 
-from stepgrpo.actors.rollout import FIRST, LATER, Rollout
+from stepgrpo.actors.rollout import FIRST, LATER, Places, Rollout
 from stepgrpo.actors.truncation import is_control, is_probed, seed_for
 from stepgrpo.config import EvalConfig, ProbeConfig, RolloutConfig
 from stepgrpo.reward.steps import count_steps
@@ -592,6 +592,52 @@ async def test_the_first_failure_is_raised_once_all_requests_are_closed(where):
     assert "open" not in {r.state for r in engine.requests}
 
 
+# ---- places
+
+
+async def test_trajectories_take_places_in_the_order_of_their_draws_and_leave_them_before_their_groups_end():
+    most = 0
+
+    def thinking(request):
+        nonlocal most
+        most = max(most, [r.state for r in engine.requests].count("open"))
+        long = request.sampling.seed == seed_for(0, 0, 0, 0)
+        return Reply(WORDS.encode("4 " * (30 if long else 3) + "<eos>"))
+
+    engine = ScriptedEngine(thinking)
+    one = rollout(engine, probe=False)
+    one.places = Places(3)
+    groups = [asyncio.create_task(one.group(prompt_of(PROMPT.token_ids, draw), 2)) for draw in (0, 9, 5, 3)]
+    done, _ = await asyncio.wait(groups, return_when=asyncio.FIRST_COMPLETED)
+    assert most == 3 and groups[0] not in done, "the first group's long trajectory outlasts others"
+    await asyncio.gather(*groups)
+    begun = [r.sampling.seed for r in engine.requests]
+    assert begun == [
+        seed_for(0, draw, i, 0) for draw, i in ((0, 0), (0, 1), (9, 0), (3, 0), (3, 1), (5, 0), (5, 1), (9, 1))
+    ]
+    assert most == 3
+
+
+async def test_a_group_that_is_cancelled_gives_back_its_places_and_those_it_waited_for():
+    engine = ScriptedEngine(script("4 " * 20 + "<eos>"))
+    one = rollout(engine, probe=False)
+    one.places = Places(3)
+    for turn in range(30):  # at whatever it is just then
+        cancelled = asyncio.create_task(one.group(PROMPT, 5))
+        other = asyncio.create_task(one.group(PROMPT, 5))
+        await turns(turn)
+        cancelled.cancel()
+        assert len((await other).trajectories) == 5
+        assert one.places._free == 3
+        assert not [r for r in engine.requests if r.state == "open"]
+
+
+async def test_an_evaluation_takes_no_places():
+    one = rollout(ScriptedEngine(script(NATURAL)), probe=False)
+    one.places = Places(0)
+    assert (await one.trajectory(PROMPT, 0, plain=EvalConfig(max_response_tokens=40))).text == NATURAL
+
+
 # ---- nothing depends on timing
 
 
@@ -677,7 +723,8 @@ async def test_results_do_not_depend_on_chunk_sizes_or_on_the_order_of_arrival(c
         for chunk_size in CHUNK_SIZES:
             lines = random_lines(codec, tokens, weights, answers, eos)
             engine = ScriptedEngine(lines, chunk_size=chunk_size, pace=at_random(draw * 10 + chunk_size))
-            group = await Rollout(engine, codec, config, CLOSE, [eos], run_seed=5).group(prompt, 5)
+            places = Places(chunk_size)
+            group = await Rollout(engine, codec, config, CLOSE, [eos], run_seed=5, places=places).group(prompt, 5)
             results.append([decided(t) for t in group.trajectories])
             assert "open" not in {r.state for r in engine.requests}
             for t in group.trajectories:
