@@ -30,6 +30,7 @@ from deepspeed.utils import (
     safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -231,6 +232,11 @@ class LearnerEngine:
                 from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
                 _apply_liger_kernel_to_instance(lm)  # its loss is not called: the head is ours
+            # A transformer layer is gathered whole, in one collective: hooks around each of its dozen modules take
+            # longer than a small one's arithmetic.
+            whole = {type(module) for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())}
+            if whole:
+                set_z3_leaf_modules(lm, list(whole))
             return _Scorer(lm, config.logprob_chunk_tokens, temperature)
 
         policy = load()
