@@ -28,8 +28,10 @@ lint: $(READY)  ## ruff, types, import contracts
 docs: $(READY)  ## regenerate the reference pages in docs/
 	@$(BIN)/python docs/make_reference.py
 
-bench: $(READY)  ## every measurement of bench/ but loop, soak and simulation, one after the other
-	@for script in $(filter-out bench/loop.py bench/soak.py bench/simulate.py bench/script.py bench/models.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+BENCHES = rollouts weights learner loop monitoring checkpoint simulate
+bench: $(READY)  ## the measurements of bench/, one after the other (BENCHES="rollouts loop" for some); TRL_PYTHON: a Python with TRL
+	@for name in $(BENCHES); do echo "== bench/$$name.py"; start=$$(date +%s); $(BIN)/python bench/$$name.py || exit 1; \
+	  echo "== bench/$$name.py: $$(( $$(date +%s) - start )) s"; done
 
 clean:  ## remove .venv and caches; runs/ stays
 	@rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

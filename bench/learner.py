@@ -39,7 +39,6 @@ from models import QWEN3, save_qwen3
 from sides.asking import ROOT, Side
 from simulate import LENGTHS, Lengths
 
-from examples.miniature.task import LEVELS, TOKEN_IDS, ask, conclude, sample_problem, think
 from stepgrpo.learner.batch import partition
 
 RESULTS = Path(__file__).parent / "results" / "learner.json"
@@ -53,6 +52,9 @@ HEAD = (1536, 512, 65536)
 
 def miniature_groups(number: int) -> list[dict[str, Any]]:
     """Problems of the miniature's with traces as its starting model writes them."""
+    sys.path.insert(0, str(ROOT))  # the example is not installed
+    from examples.miniature.task import LEVELS, TOKEN_IDS, ask, conclude, sample_problem, think
+
     rng = random.Random(0)
 
     def ids(words: Sequence[str]) -> list[int]:

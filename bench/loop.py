@@ -48,8 +48,6 @@ TRL_ROWS = 8
 def ours(directory: Path, settings: Sequence[str], updates: int) -> list[dict[str, float]]:
     """What each update of a run took."""
     settings = [
-        f"name={directory.name}",
-        f"runs_dir={directory.parent}",
         f"train.num_batches={WARM_UP + updates}",
         "train.prompts_per_update=16",
         f"learner.lr={LR}",
@@ -60,15 +58,8 @@ def ours(directory: Path, settings: Sequence[str], updates: int) -> list[dict[st
         "checkpoint.every=0",
         *settings,
     ]
-    subprocess.run(
-        [sys.executable, "-m", "stepgrpo", "train", "configs/quickstart.yaml", *settings],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    train(directory, settings)
+    lines = read_lines(directory / "metrics.jsonl")
     return [
         {
             "seconds": line["time/batch"],
@@ -78,6 +69,23 @@ def ours(directory: Path, settings: Sequence[str], updates: int) -> list[dict[st
         }
         for line in lines[WARM_UP:]
     ]
+
+
+def train(directory: Path, settings: Sequence[str]) -> None:
+    """A run of the quickstart, changed by ``settings``."""
+    place = [f"name={directory.name}", f"runs_dir={directory.parent}"]
+    subprocess.run(
+        [sys.executable, "-m", "stepgrpo", "train", "configs/quickstart.yaml", *place, *settings],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def trl(directory: Path, python: str, updates: int, as_it_comes: bool) -> list[dict[str, float]]:

@@ -64,6 +64,12 @@ class ModelConfig(Section):
     think_close: Word = "</think>"
     """The marker that ends thinking; one token or several."""
 
+    @model_validator(mode="after")
+    def _check_attention(self) -> Self:
+        if self.dtype == "float32" and self.attention not in ("auto", "sdpa"):
+            raise ValueError(f"model.attention: got {self.attention}, takes sdpa where model.dtype is float32")
+        return self
+
     def attention_on(self, device: str) -> str:
         """The learner's attention there, `auto` resolved."""
         if self.attention != "auto":

@@ -141,6 +141,8 @@ def test_a_name_of_ones_own_is_taken_with_its_options() -> None:
         (["engine.kv_cache_mb=null"], "engine.kv_cache_mb"),
         (["engine.block_size=16"], "engine.block_size"),
         (["model.attention=flash_attention_2"], "model.attention"),
+        (["model.attention=varlen", "model.dtype=bfloat16"], "model.attention"),
+        (["model.liger=true"], "model.liger"),
         (["engine.tensor_parallel=2"], "engine.tensor_parallel"),
         (["rollout.top_p=0.95"], "rollout.top_p"),
         (["train.refill_limit=5"], "train.refill_limit"),
@@ -160,6 +162,14 @@ def test_an_impossible_combination_is_one_line_with_field_got_and_takes(override
     assert message.startswith(f"{field}: got ")
     assert ", takes " in message
     assert "\n" not in message
+
+
+def test_flash_attention_over_packed_rows_is_taken_where_it_can_be() -> None:
+    model = load(Config, QUICKSTART, ["model.dtype=bfloat16"]).model
+    assert (model.attention_on("cuda"), model.packed_on("cuda")) == ("varlen", True)
+    assert (model.attention_on("cpu"), model.packed_on("cpu")) == ("sdpa", False)
+    exact = load(Config, QUICKSTART).model
+    assert (exact.attention_on("cuda"), exact.packed_on("cuda")) == ("sdpa", False)
 
 
 def test_one_update_per_batch_may_be_streamed() -> None:
