@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=8, help="of ours in a round; TRL makes a quarter as many")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), metavar="WAY")
     args = parser.parse_args()
+    os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed, which says aloud what it found
     start = machine()
     print(start)
     if not args.trl:

@@ -57,8 +57,8 @@ class ModelConfig(Section):
     """Arithmetic of rollouts and of the learner's forward pass; optimizer and master weights are always float32."""
     attention: Literal["auto", "varlen", "flash_attention_2", "sdpa"] = "auto"
     """Attention of the learner. `varlen`: torch's own flash attention, on packed rows, on a GPU in bfloat16.
-    `flash_attention_2`: the same by the `flash-attn` extra. `sdpa`: padded rows, anywhere. `auto`: varlen where it can
-    be, else sdpa."""
+    `flash_attention_2`: the same by the `flash-attn` extra. `sdpa`: padded rows, anywhere. `auto`: varlen on a GPU in
+    bfloat16, else sdpa; models that cannot be packed, such as those whose layers have a state, then ask for sdpa."""
     liger: bool = False
     """Liger's fused kernels for norms, gates and rotations in the learner; on a GPU, with the `liger` extra."""
     think_close: Word = "</think>"
@@ -435,6 +435,15 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="after")
+    def _check_device(self) -> Self:
+        if self.cluster.device == "cpu":
+            if self.model.packed_on("cpu"):
+                raise ValueError(f"model.attention: got {self.model.attention}, takes sdpa where cluster.device is cpu")
+            if self.model.liger:
+                raise ValueError("model.liger: got true, takes false where cluster.device is cpu")
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
@@ -575,10 +584,6 @@ class Config(RunConfig):
                 raise ValueError(
                     f"engine.block_size: got {eng.block_size}, takes a multiple of 32 where cluster.device is cpu"
                 )
-            if self.model.packed_on("cpu"):
-                raise ValueError(f"model.attention: got {self.model.attention}, takes sdpa where cluster.device is cpu")
-            if self.model.liger:
-                raise ValueError("model.liger: got true, takes false where cluster.device is cpu")
             if eng.tensor_parallel != 1:
                 raise ValueError(
                     f"engine.tensor_parallel: got {eng.tensor_parallel}, takes 1 where cluster.device is cpu"

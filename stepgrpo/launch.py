@@ -49,7 +49,8 @@ DASHBOARD = (
     "TaskEventsHead",
 )
 """Parts of Ray's dashboard that are of use here: all but `DataHead`, `ServeHead` and `TrainHead`. Each is a process
-that is asked every second whether it lives; the last two of these are off in Ray by default."""
+that is asked every second whether it lives, but for `UsageStatsHead` and `PlatformEventsHead`, which are in the
+dashboard's own; the last two of these are off in Ray by default."""
 DASHBOARD_NICENESS = 19
 """Ray has its workers at 15: at 0, as Ray starts it, the dashboard would always go before them."""
 

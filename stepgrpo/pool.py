@@ -32,8 +32,8 @@ LOOK_SECONDS = 2.0
 SAME_DEATH_SECONDS = 10.0
 """Within which workers of one node die of one cause; no replacement is up again as soon as that."""
 LOAD = 3
-"""Times as many groups as fit whole that a worker works on: the longest trajectory of a group takes 2 to 2.4 times the
-average, and what the others leave is for the next groups. More would only wait there while another worker is free."""
+"""Times as many groups as fit whole that a worker works on: the longest trajectory of a group takes 1.4 to 2.4 times
+the average, and what the others leave is for the next groups. More would only wait there while another is free."""
 MAX_STRIKES = 3
 """Answers of garbage in a row after which a worker is replaced."""
 MAX_PAUSE_SECONDS = 60.0

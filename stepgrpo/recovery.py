@@ -21,6 +21,8 @@ _MAY_CHANGE = (
     "name",
     "runs_dir",
     "model.path",  # what lies there is looked at
+    "model.attention",
+    "model.liger",
     "data.train",
     "data.eval",
     "cluster",

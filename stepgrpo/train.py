@@ -234,8 +234,11 @@ class Loop:
         newest = self.weights.version if self.weights else 0
         if not self._again and not self.ledger.may_admit(newest):
             return False  # before all workers are looked at
-        free = [s for s in self.pool.seats if s.has_room]
-        seat = max(free, key=lambda s: (s.version if s.has_places else -1, -len(s.draws)), default=None)
+        earliest = min((a.version for a in self._again), default=math.inf)
+        versions = {s.version for s in self.pool.seats}
+        welcome = {v for v in versions if earliest <= v or self.ledger.may_admit(v)}
+        free = [s for s in self.pool.seats if s.has_room and s.version in welcome]
+        seat = max(free, key=lambda s: (s.has_places, s.version, -len(s.draws)), default=None)
         if seat is None:
             return False
         again = next((a for a in self._again if a.version <= seat.version), None)
@@ -244,8 +247,6 @@ class Loop:
             self._enter(again.draw, seat)
             again.seat.set_result(seat)
             return True
-        if not self.ledger.may_admit(seat.version):
-            return False
         draw = self.ledger.admit()
         self._enter(draw, seat)
         self._tasks.create_task(self._rollout(draw, seat))

@@ -164,6 +164,14 @@ def test_an_impossible_combination_is_one_line_with_field_got_and_takes(override
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("change", [{"attention": "varlen", "dtype": "bfloat16"}, {"liger": True}])
+def test_what_needs_a_gpu_is_refused_on_cpu_in_supervised_training_too(change: dict[str, object]) -> None:
+    settings = {"name": "x", "model": {"path": "m"} | change, "data": {"train": "t"}, "cluster": {"device": "cpu"}}
+    field = next(iter(change))
+    with pytest.raises(ValueError, match=rf"model\.{field}: got .*, takes .* where cluster\.device is cpu"):
+        SftConfig.model_validate(settings)
+
+
 def test_flash_attention_over_packed_rows_is_taken_where_it_can_be() -> None:
     model = load(Config, QUICKSTART, ["model.dtype=bfloat16"]).model
     assert (model.attention_on("cuda"), model.packed_on("cuda")) == ("varlen", True)

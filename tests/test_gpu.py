@@ -105,7 +105,8 @@ def scores_and_norm(path: str, model: dict[str, Any], config: dict[str, Any]) ->
     assert batch.input_ids.shape[0] == (1 if packed else 5)
     logprobs, _ = engine.logprobs(batch)
     objective = partial(nll_loss, scale=1 / len(batch.targets))
-    return logprobs, engine.update([batch], objective, lr=1e-5)["policy/grad_norm"]
+    empty = collate([], packed, engine.pad_id)
+    return logprobs, engine.update([batch, empty], objective, lr=1e-5)["policy/grad_norm"]
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,8 @@ class Engine(Protocol):
 
 class Places:
     """For so many trajectories at a time, of more groups than fit whole: a place is free for another group as soon as
-    its trajectory ends. The earliest draw that waits is next, also one that is sampled again."""
+    its trajectory ends. The earliest draw that waits is next, also one that is sampled again; an evaluation comes
+    before all, and so takes none of the room that is left for probes."""
 
     def __init__(self, num: int) -> None:
         self._free = num
@@ -113,7 +114,7 @@ class Places:
 
     @asynccontextmanager
     async def taken(self, draw: int) -> AsyncIterator[None]:
-        """Have one during the block."""
+        """Have one during the block. ``draw``: -1: an evaluation."""
         if self._free:
             self._free -= 1
         else:
@@ -156,7 +157,7 @@ class Rollout:
         """
         Args:
             spans: gets the probes of every 16th draw.
-            places: for what is trained on; None: as many as are asked for.
+            places: None: as many as are asked for.
 
         Raises:
             ValueError: a setting that does not fit the tokenizer or the token budget.
@@ -221,7 +222,7 @@ class Rollout:
 
     async def trajectory(self, prompt: Prompt, sample: int, *, plain: EvalConfig | None = None) -> Trajectory:
         """Sample trajectory number ``sample`` of a prompt's group; ``plain`` as in ``group``."""
-        async with self.places.taken(prompt.draw) if self.places and not plain else nullcontext():
+        async with self.places.taken(-1 if plain else prompt.draw) if self.places else nullcontext():
             return await _Run(self, prompt, sample, plain).trajectory()
 
 

@@ -12,8 +12,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+UNKNOWN = ("s_aux", "softcap", "position_bias")
+"""What some models ask of their attention, and would go without unnoticed."""
+LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_packs(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: sequences that lie end to end would see each other, as in layers with a state.
+    """
+    layers = set(getattr(model.config, "layer_types", None) or ())
+    knows_how = model._supports_flash_attn and model._supports_attention_backend
+    if not knows_how or model._is_stateful or layers - LAYERS:
+        raise ValueError(f"model.attention: takes sdpa with {type(model).__name__}, which cannot have its rows packed")
 
 
 def bounds(position_ids: NDArray, device: torch.device) -> dict[str, Any]:
@@ -53,7 +68,7 @@ def varlen(
     max_length_q: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of one packed row.
 
@@ -62,7 +77,14 @@ def varlen(
 
     Returns:
         [1, L, heads, D], as transformers wants it.
+
+    Raises:
+        ValueError: the model wants more of it than this.
     """
+    wanted = [name for name in UNKNOWN if more.get(name) is not None]
+    if attention_mask is not None or wanted or value.shape[-1] != query.shape[-1]:
+        what = ", ".join(wanted) or "a mask or values of another size than keys"
+        raise ValueError(f"model.attention: got varlen, takes sdpa: {type(module).__name__} asks for {what}")
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # nothing to the right: causal
     states = varlen_attn(

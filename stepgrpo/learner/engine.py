@@ -39,7 +39,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from stepgrpo.config import LearnerConfig, ModelConfig
 from stepgrpo.learner import state
-from stepgrpo.learner.attention import bounds
+from stepgrpo.learner.attention import bounds, check_packs
 from stepgrpo.learner.batch import MicroBatch
 from stepgrpo.learner.loss import LossTokens, Sums
 from stepgrpo.types import FloatArray
@@ -184,6 +184,18 @@ class _Scorer(nn.Module):
         return self.model.get_output_embeddings()(states.last_hidden_state.flatten(0, 1)[index], targets)
 
 
+def _use_liger(model: transformers.PreTrainedModel) -> None:
+    """Its loss is not called: the head is ours."""
+    from liger_kernel.transformers.monkey_patch import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        _apply_liger_kernel_to_instance,
+    )
+
+    if (kind := model.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"model.liger: got true, takes false with a model of type {kind}, for which Liger has nothing")
+    _apply_liger_kernel_to_instance(model)
+
+
 class LearnerEngine:
     """One rank's share of the policy, its optimizer and, with a KL term, of the frozen reference.
 
@@ -228,12 +240,12 @@ class LearnerEngine:
             lm = transformers.AutoModelForCausalLM.from_pretrained(
                 model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention_on(device)
             )
+            if self._packed:
+                check_packs(lm)
             if model.liger:
-                from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-                _apply_liger_kernel_to_instance(lm)  # its loss is not called: the head is ours
-            # A transformer layer is gathered whole, in one collective: hooks around each of its dozen modules take
-            # longer than a small one's arithmetic.
+                _use_liger(lm)
+            # A transformer layer is gathered whole, in one collective, between one pair of hooks: those around each of
+            # its dozen modules were a tenth to a third of an update of a small model (bench/learner.py).
             whole = {type(module) for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())}
             if whole:
                 set_z3_leaf_modules(lm, list(whole))
@@ -381,7 +393,7 @@ class LearnerEngine:
     def restore(self, paths: Sequence[Path]) -> None:
         """Take weights, optimizer and random numbers from a checkpoint, of however many ranks.
 
-        With equally many ranks the next update is bit for bit the one that would have followed.
+        With equally many ranks the next update is, on CPU bit for bit, the one that would have followed.
 
         Args:
             paths: files of all its ranks, or, of equally many, of this one.

@@ -632,10 +632,16 @@ async def test_a_group_that_is_cancelled_gives_back_its_places_and_those_it_wait
         assert not [r for r in engine.requests if r.state == "open"]
 
 
-async def test_an_evaluation_takes_no_places():
-    one = rollout(ScriptedEngine(script(NATURAL)), probe=False)
-    one.places = Places(0)
-    assert (await one.trajectory(PROMPT, 0, plain=EvalConfig(max_response_tokens=40))).text == NATURAL
+async def test_an_evaluation_has_the_next_places():
+    engine = ScriptedEngine(script(NATURAL))
+    one = rollout(engine, probe=False)
+    one.places = Places(1)
+    plain = EvalConfig(max_response_tokens=40)
+    draws = [asyncio.create_task(one.trajectory(PROMPT, i)) for i in range(3)]
+    await turns(3)
+    held_out = await one.trajectory(PROMPT, 0, plain=plain)
+    assert held_out.text == NATURAL and [d.done() for d in draws] == [True, False, False]
+    await asyncio.gather(*draws)
 
 
 # ---- nothing depends on timing

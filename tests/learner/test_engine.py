@@ -1,11 +1,13 @@
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepgrpo.config import LearnerConfig, ModelConfig
+from stepgrpo.learner.attention import check_packs
 from stepgrpo.learner.batch import MicroBatch, Sample, collate, pair_sample, partition
 from stepgrpo.learner.engine import LearnerEngine, LogProbHead, join, learning_rate
 from stepgrpo.learner.loss import nll_loss, policy_loss
@@ -70,11 +73,18 @@ def on_two_ranks() -> Iterator[Ranks]:
 
 
 def engine_of(
-    path: str, *, dtype: str = "float32", temperature: float = 1.0, with_reference: bool = False, **settings: Any
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    temperature: float = 1.0,
+    with_reference: bool = False,
+    **settings: Any,
 ) -> LearnerEngine:
     """An engine that keeps no parameter gathered and cuts logits in chunks of 3 tokens."""
     config = LearnerConfig(**({"lr": 1e-3, "logprob_chunk_tokens": 3} | settings))
-    model = ModelConfig.model_validate({"path": path, "dtype": dtype})
+    # Not validated: where there is no GPU, and in float32, packed rows are for a test alone.
+    model = ModelConfig.model_validate({"path": path, "dtype": dtype}).model_copy(update={"attention": attention})
     return LearnerEngine(
         config, model, temperature=temperature, device="cpu", with_reference=with_reference, persistence_threshold=0
     )
@@ -206,6 +216,60 @@ def test_packed_and_padded_log_probabilities_are_those_of_transformers(model_dir
         np.testing.assert_allclose(got, plain_logprobs(model_dirs[tied], batch, 0.7), atol=1e-5)
         assert (entropy > 0).all() and (entropy <= np.log(VOCAB) + 1e-6).all()
     engine.close()
+
+
+def attention_of_each_sequence(q: Any, k: Any, v: Any, bounds: Any, *_: Any, scale: float, **more: Any) -> torch.Tensor:
+    """What torch's kernel for a GPU computes. q: [L, heads, D]"""
+    left, right = more["window_size"]
+    assert right == 0 and more["enable_gqa"] == (k.shape[1] < q.shape[1])
+    parts = []
+    for a, b in pairwise(bounds.tolist()):
+        at = torch.arange(b - a)
+        back = at[:, None] - at
+        mask = (back >= 0) & ((back <= left) if left >= 0 else True)
+        heads = [states[a:b].transpose(0, 1) for states in (q, k, v)]
+        seen = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=True)
+        parts.append(seen.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sequences_that_lie_end_to_end_learn_as_if_each_had_a_row_of_its_own(
+    model_dirs: dict[bool, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    window: int | None,
+    checkpointing: bool,
+):
+    monkeypatch.setattr("stepgrpo.learner.attention.varlen_attn", attention_of_each_sequence)
+    path = model_dirs[True]
+    if window:
+        path = str(shutil.copytree(path, tmp_path / "windowed"))
+        config = json.loads((tmp_path / "windowed" / "config.json").read_text())
+        layers = ["sliding_attention"] * config["num_hidden_layers"]
+        config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0, "layer_types": layers}
+        (tmp_path / "windowed" / "config.json").write_text(json.dumps(config))
+    samples, found = make_samples(5), []
+    for attention in ("sdpa", "varlen"):
+        engine = engine_of(path, attention=attention, gradient_checkpointing=checkpointing)
+        packed = attention == "varlen"
+        batches = [collate(samples[:3], packed, 0), collate(samples[3:], packed, 0), collate([], packed, 0)]
+        metrics = engine.update(batches, partial(nll_loss, scale=1 / num_tokens(samples)), lr=1e-3)
+        found.append((metrics["policy/loss"], metrics["policy/grad_norm"], engine.logprobs(batches[0])[0]))
+        engine.close()
+    (loss, norm, scores), (packed_loss, packed_norm, packed_scores) = found
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert packed_norm == pytest.approx(norm, rel=1e-4)
+    np.testing.assert_allclose(packed_scores, scores, atol=1e-4)
+
+
+def test_a_model_whose_layers_have_a_state_is_not_packed(model_dirs: dict[bool, str]):
+    model = AutoModelForCausalLM.from_pretrained(model_dirs[True])
+    check_packs(model)
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"^model\.attention: takes sdpa with Qwen3ForCausalLM"):
+        check_packs(model)
 
 
 @pytest.mark.parametrize("tied", [True, False])
