@@ -26,6 +26,8 @@ from typing import Any
 from figures import machine, spread, table
 from sides.asking import ROOT, Side
 
+from stepgrpo.rundir import read_json_lines
+
 RESULTS = Path(__file__).parent / "results" / "loop.json"
 WARM_UP = 2
 PLAIN = ("rollout.probe=null", "reward.scheme=outcome")
@@ -59,7 +61,7 @@ def ours(directory: Path, settings: Sequence[str], updates: int) -> list[dict[st
         *settings,
     ]
     train(directory, settings)
-    lines = read_lines(directory / "metrics.jsonl")
+    lines = list(read_json_lines(directory / "metrics.jsonl"))
     return [
         {
             "seconds": line["time/batch"],
@@ -82,10 +84,6 @@ def train(directory: Path, settings: Sequence[str]) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def trl(directory: Path, python: str, updates: int, as_it_comes: bool) -> list[dict[str, float]]:

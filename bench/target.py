@@ -17,7 +17,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from figures import machine, spread, table
-from loop import read_lines, train
+from loop import train
+
+from stepgrpo.rundir import read_json_lines
 
 RESULTS = Path(__file__).parent / "results" / "target.json"
 STALENESS = (0, 1, 2)
@@ -40,9 +42,9 @@ def course(directory: Path, staleness: int, seed: int) -> Course:
             "checkpoint.every=0",
         ],
     )
-    batches = [line["time/batch"] for line in read_lines(directory / "metrics.jsonl") if "time/batch" in line]
+    batches = [line["time/batch"] for line in read_json_lines(directory / "metrics.jsonl") if "time/batch" in line]
     seconds = [0.0, *accumulate(batches)]
-    found = read_lines(directory / "evaluations.jsonl")
+    found = read_json_lines(directory / "evaluations.jsonl")
     return [(seconds[e["version"]], e["accuracy"]["mean"], e["tokens"]["mean"]) for e in found]
 
 

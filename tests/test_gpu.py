@@ -24,6 +24,7 @@ from stepgrpo.actors.rollout import Sampling
 from stepgrpo.config import EngineConfig, LearnerConfig, ModelConfig
 from stepgrpo.learner.batch import Sample, collate, pair_sample
 from stepgrpo.weights import Piece, SharedWeights, pack
+from tests.learner.tiny import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -49,26 +50,20 @@ def fresh() -> Iterator[Fresh]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two checkpoints of one shape, with heads as large as flash attention wants them."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    paths = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=VOCAB,
-            hidden_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            intermediate_size=512,
-            tie_word_embeddings=True,
-            initializer_range=0.08,
-        )
-        path = tmp_path_factory.mktemp("model")
-        Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-        paths.append(str(path))
-    return paths
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 512,
+        "initializer_range": 0.08,
+    }
+    paths = [tmp_path_factory.mktemp("model") for _ in range(2)]
+    for seed, path in enumerate(paths, 1):
+        make_model(path, tied=True, seed=seed, dtype=torch.bfloat16, **shape)
+    return [str(path) for path in paths]
 
 
 def samples() -> list[Sample]:
@@ -200,7 +195,7 @@ def free_gb() -> float:
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_an_engine_loads_a_learners_weights_while_it_generates_sleeps_and_wakes(
-    fresh: Fresh, models: list[str], tmp_path: Path, eager: bool
+    fresh: Fresh, models: list[str], eager: bool
 ):
     pieces = fresh(shards, models[1])
     prompt = list(range(3, 23))

@@ -18,10 +18,12 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 UNKNOWN = ("s_aux", "softcap", "position_bias")
 """What some models ask of their attention, and would go without unnoticed."""
 LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of transformer layers that know sequences apart."""
 
 
 def check_packs(model: PreTrainedModel) -> None:
-    """
+    """Refuse a model that cannot have its rows packed.
+
     Raises:
         ValueError: sequences that lie end to end would see each other, as in layers with a state.
     """
