@@ -8,7 +8,7 @@ from pathlib import Path
 from stepgrpo import checkpoint
 from stepgrpo.checkpoint import CheckpointError, Manifest
 from stepgrpo.config import ConfigError
-from stepgrpo.hub import checkpoint_files, load_tokenizer
+from stepgrpo.hub import checkpoint_files, copy_tokenizer
 from stepgrpo.learner.state import read_parameters
 
 
@@ -41,7 +41,6 @@ def export(place: str, manifest: Manifest, output: Path, model: str | None = Non
         policy = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (source / "generation_config.json").is_file():
         policy.generation_config = transformers.GenerationConfig.from_pretrained(source)
-    tokenizer = load_tokenizer(path)
     with tempfile.TemporaryDirectory(prefix="stepgrpo-export-") as cache:
         parameters = read_parameters([checkpoint.fetch(place, manifest.name, f, Path(cache)) for f in files])
         expected = {n: tuple(p.shape) for n, p in policy.named_parameters()}  # tied ones once
@@ -56,5 +55,5 @@ def export(place: str, manifest: Manifest, output: Path, model: str | None = Non
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as parent:
             aside = Path(parent) / target.name
             policy.save_pretrained(aside, state_dict={n: torch.from_numpy(p).to(dtype) for n, p in parameters.items()})
-            tokenizer.save_pretrained(aside)
+            copy_tokenizer(path, aside)
             aside.rename(target)

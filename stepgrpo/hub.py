@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,18 +107,40 @@ def portable(config: C) -> C:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The checkpoint's transformers tokenizer, for its chat template.
+    """The checkpoint's tokenizer with its chat template: its ``tokenizer.json`` as it is, which ``tokens.Codec`` reads.
+
+    ``AutoTokenizer`` would import torch, for three seconds, and may build a pipeline of its own for a name such as
+    ``LlamaTokenizer``, under which checkpoints ship others.
 
     Raises:
         ConfigError: there is none that can be used.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     directory = checkpoint_files(path)
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return PreTrainedTokenizerFast.from_pretrained(directory)
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.path: got {path}, without a usable tokenizer ({brief(e)})") from None
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def copy_tokenizer(path: str, directory: Path) -> None:
+    """Write the checkpoint's tokenizer into another directory, byte for byte: training changes nothing in it."""
+    source = checkpoint_files(path)
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def _json(path: Path) -> dict[str, Any]:

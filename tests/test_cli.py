@@ -55,6 +55,11 @@ def test_a_misspelt_key_is_found_before_anything_heavy_is_imported() -> None:
     assert not modules
 
 
+def test_reading_model_and_data_does_not_wait_for_torch() -> None:
+    modules, screen = modules_after("data", str(QUICKSTART))
+    assert "8,000" in screen and not modules & {"torch", "vllm", "deepspeed"}
+
+
 def refusal(directory: Path, *overrides: str) -> str:
     """What a refused command says after `error: `."""
     settings = [

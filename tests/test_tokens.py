@@ -1,10 +1,13 @@
 """Tokens and text, with the kinds of tokenizers that models really have."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from stepgrpo.hub import copy_tokenizer, load_tokenizer
 from stepgrpo.tokens import Codec, TextStream
 
 TEXT = "Wait, so x\n\nWait 等等 a😀b é Waiting"
@@ -156,3 +159,25 @@ def test_random_bytes_decode_alike_in_any_chunks():
             results.add((text, tuple(stream.offsets)))
         assert len(results) == 1
         assert results.pop()[0] == codec.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer"])
+def test_prompts_are_spelt_by_the_checkpoints_own_file_whatever_its_tokenizer_is_called(
+    tmp_path: Path, name: str
+) -> None:
+    codec = byte_level()
+    checkpoint, copy = tmp_path / "checkpoint", tmp_path / "copy"
+    checkpoint.mkdir()
+    copy.mkdir()
+    (checkpoint / "config.json").write_text('{"model_type": "qwen3"}')
+    codec.tokenizer.save(str(checkpoint / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "chat_template": template}))
+    copy_tokenizer(str(checkpoint), copy)
+    (copy / "config.json").write_text('{"model_type": "qwen3"}')
+    for directory in (checkpoint, copy):
+        tokenizer = load_tokenizer(str(directory))
+        said = [{"role": "user", "content": "1 + 2?  Wait\n"}]
+        ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
+        assert ids == codec.encode("1 + 2?  Wait\n")
+    assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == {p.name: p.read_bytes() for p in copy.iterdir()}

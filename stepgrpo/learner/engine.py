@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations import HfDeepSpeedConfig
 
 from stepgrpo.config import LearnerConfig, ModelConfig
+from stepgrpo.hub import copy_tokenizer
 from stepgrpo.learner import state
 from stepgrpo.learner.attention import bounds, check_packs
 from stepgrpo.learner.batch import MicroBatch
@@ -444,7 +445,7 @@ class LearnerEngine:
         for leftover in (partial, previous):
             shutil.rmtree(leftover, ignore_errors=True)
         model.save_pretrained(partial, state_dict=state)
-        transformers.AutoTokenizer.from_pretrained(self._model_path).save_pretrained(partial)
+        copy_tokenizer(self._model_path, partial)
         if target.exists():
             target.rename(previous)
         partial.rename(target)
