@@ -29,9 +29,8 @@ from stepgrpo.launch import on_their_own
 from stepgrpo.placement import Bundle
 from stepgrpo.pool import LOOK_SECONDS, Pool, Seat, TrainError, WorkersGone, is_lost, root_cause
 from tests.nodes import cluster_of
+from tests.runs import INPUTS, QUICKSTART, descendants, titled
 
-ROOT = Path(__file__).parents[1]
-MINIATURE = ROOT / "examples" / "miniature"
 MEMORY = 100 << 20
 SECONDS = 60.0
 
@@ -382,8 +381,6 @@ async def test_a_group_that_went_away_with_its_node_is_known_as_lost(
 
 # ---- settings
 
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-
 
 @pytest.mark.parametrize(
     ("override", "least", "most"),
@@ -412,14 +409,9 @@ def test_what_is_no_number_of_workers_is_refused(override: str, message: str) ->
 # ---- a whole run
 
 
-def titled(title: str) -> list[psutil.Process]:
+def engines_and_workers(title: str) -> list[psutil.Process]:
     """This process's descendants with that title, oldest first."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if "".join(process.cmdline()[:1]).startswith(title):
-                found.append(process)
-    return sorted(found, key=lambda p: p.create_time())
+    return sorted(titled(descendants(), title), key=lambda p: p.create_time())
 
 
 def test_a_run_survives_a_dead_engine_a_hung_engine_and_a_dead_worker(
@@ -435,9 +427,7 @@ def test_a_run_survives_a_dead_engine_a_hung_engine_and_a_dead_worker(
         [
             "name=fire",
             f"runs_dir={tmp_path}",
-            f"model.path={MINIATURE / 'model'}",
-            f"data.train={MINIATURE / 'data' / 'train.jsonl'}",
-            f"data.eval={MINIATURE / 'data' / 'heldout.jsonl'}",
+            *INPUTS,
             "rollout.workers=2",
             "rollout.health_seconds=8",
             "rollout.group_size=4",
@@ -464,7 +454,7 @@ def test_a_run_survives_a_dead_engine_a_hung_engine_and_a_dead_worker(
             while not (draws.exists() and len(draws.read_text().splitlines()) >= batches):
                 if over.wait(0.05):
                     return
-            titled(title)[0].send_signal(number)  # the oldest: it is at work
+            engines_and_workers(title)[0].send_signal(number)  # the oldest: it is at work
 
     striker = threading.Thread(target=strike)
     striker.start()
@@ -483,4 +473,4 @@ def test_a_run_survives_a_dead_engine_a_hung_engine_and_a_dead_worker(
     metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["workers/deaths"] == 3
     assert screen.getvalue().count("is lost: ") == 3
-    assert not titled("VLLM::EngineCore"), "an engine survived"
+    assert not titled(descendants(), "VLLM::EngineCore"), "an engine survived"

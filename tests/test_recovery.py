@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,7 @@ from stepgrpo.cli import _with_value, app
 from stepgrpo.config import Config, ConfigError, load
 from stepgrpo.console import Display
 from stepgrpo.data import Problem
-from stepgrpo.launch import SCRATCH
-from tests.test_run import QUICKSTART, SMALL, STEPGRPO, read_lines
+from tests.runs import QUICKSTART, SMALL, command, read_lines, variables
 
 ON_POLICY = [*SMALL, "train.max_staleness=0", "train.num_batches=5", "eval.every=2", "checkpoint.every=2"]
 SECRETS = {
@@ -34,16 +31,6 @@ SECRETS = {
     "HF_TOKEN": "hf_5ec4e7bbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
     "AWS_SECRET_ACCESS_KEY": "5ec4e7cccccccccccccccccccccccccccccccccc",
 }
-
-
-def variables(**more: str) -> dict[str, str]:
-    """Of a command of its own: with a supervisor, and without the tests' cluster and their service of wandb."""
-    inherited = {k: v for k, v in os.environ.items() if k not in (SCRATCH, "RAY_ADDRESS", "WANDB_SERVICE")}
-    return inherited | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"} | more
-
-
-def command(directory: Path, name: str, settings: Sequence[str]) -> list[str]:
-    return [str(STEPGRPO), "train", str(QUICKSTART), f"runs_dir={directory}", f"name={name}", *settings]
 
 
 @pytest.fixture(scope="module")

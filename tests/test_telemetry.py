@@ -26,8 +26,7 @@ import yaml
 from stepgrpo.metrics import METRICS
 from stepgrpo.telemetry import COUNTED, NOW, OF_WORKERS, Telemetry, metric
 from tests.nodes import free_port
-from tests.test_recovery import command, variables
-from tests.test_run import ENDLESS
+from tests.runs import ENDLESS, command, variables
 
 ROOT = Path(__file__).parents[1]
 GRAFANA = ROOT / "cluster" / "grafana"

@@ -20,8 +20,7 @@ from stepgrpo.config import Config, ConfigError, load
 from stepgrpo.console import Display
 from stepgrpo.metrics import RunLog
 from stepgrpo.tracking import Tracker
-from tests.test_recovery import variables
-from tests.test_run import QUICKSTART, SMALL
+from tests.runs import QUICKSTART, SMALL, variables
 
 Json = dict[str, Any]
 BLOCK, HEADER = 32768, 7
