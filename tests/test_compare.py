@@ -36,13 +36,6 @@ RUN: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-
 def write(directory: Path, methods: dict[str, Any], run: dict[str, Any] | None = None, **changes: Any) -> Path:
     """A comparison in ``directory``, whose runs lie there too."""
     (directory / "run.yaml").write_text(yaml.safe_dump({**RUN, "runs_dir": str(directory / "runs"), **(run or {})}))
@@ -213,7 +206,7 @@ def test_a_table_without_the_reference_has_no_share() -> None:
     )
 
 
-def test_rows_are_made_on_the_real_stack_and_not_made_twice(tmp_path: Path) -> None:
+def test_rows_are_made_on_the_real_stack_and_not_made_twice(cluster: str, tmp_path: Path) -> None:
     methods = {
         "vanilla": {"kind": "eval"},
         "deer": {"kind": "eval", "set": {"eval": {"early_exit": True}}},
@@ -242,7 +235,7 @@ def test_rows_are_made_on_the_real_stack_and_not_made_twice(tmp_path: Path) -> N
     assert {p.name: p.read_bytes() for p in (tmp_path / "results").glob("*-0.json")} == rows
 
 
-def test_a_row_that_fails_leaves_the_others_and_is_named(tmp_path: Path) -> None:
+def test_a_row_that_fails_leaves_the_others_and_is_named(cluster: str, tmp_path: Path) -> None:
     bad = {"set": {"reward": {"scheme": "test_compare:raises"}}}
     path = write(tmp_path, {"vanilla": {"kind": "eval"}, "bad": bad, "deer": {"kind": "eval"}})
     result = CliRunner().invoke(app, ["compare", str(path)])

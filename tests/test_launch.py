@@ -10,6 +10,7 @@ import pytest
 from stepgrpo.config import ClusterConfig, ConfigError
 from stepgrpo.launch import check_resources, session
 from stepgrpo.placement import Bundle
+from tests.nodes import free_port
 
 WORKER = Bundle("rollout.workers", 1.0, 2)
 RANK = Bundle("learner.num_ranks", 1.0, 1)
@@ -101,13 +102,12 @@ def test_a_local_rays_dashboard_has_the_parts_of_use_here_and_gives_way_to_the_r
         with session(ClusterConfig(device="cpu", object_store_mb=100, dashboard_port=int(sys.argv[1])), []):
             titles = {p: p.cmdline()[0] for p in psutil.Process().children(recursive=True)}
             parts = {title.split("-")[2]: p.nice() for p, title in titles.items() if title.startswith("ray-dashboard-")}
-            print(sorted(parts), set(parts.values()), len(list_nodes(f"http://127.0.0.1:{sys.argv[1]}")))
+            print(sorted(parts), set(parts.values()), len(list_nodes()))
             print({name: os.environ[name] for name in ("REPORTER_UPDATE_INTERVAL_MS", "METRICS_RECORD_INTERVAL_S")})
     """)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    done = subprocess.run([sys.executable, "-c", program, port], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(free_port())], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "['EventHead', 'JobHead', 'MetricsHead', 'NodeHead', 'ReportHead', 'StateHead'] {19} 1",
