@@ -10,12 +10,14 @@ import asyncio
 import itertools
 import multiprocessing
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from stepgrpo.actors.forking import ForkingContext, import_ahead
 from stepgrpo.actors.rollout import Chunk, Sampling
 from stepgrpo.config import EngineConfig, ModelConfig
 from stepgrpo.weights import Table
@@ -78,6 +80,7 @@ class VllmEngine:
         version: int = 0,
         record: Callable[[Any, Any], None] | None = None,
     ) -> None:
+        _import_ahead(device)
         from vllm import SamplingParams
         from vllm.envs import enable_envs_cache
         from vllm.outputs import CompletionOutput
@@ -105,12 +108,11 @@ class VllmEngine:
         self._loading = asyncio.Lock()
         self._cause: str | None = None
         others = set(multiprocessing.active_children())
-        self._llm: Any = AsyncLLM.from_engine_args(
-            engine_args(
-                path, model, config, device=device, max_model_len=max_model_len, seed=seed, sleeps=self._sleeps
-            ),
-            stat_loggers=[_stat_logger(record)] if record else None,
+        args = engine_args(
+            path, model, config, device=device, max_model_len=max_model_len, seed=seed, sleeps=self._sleeps
         )
+        with _forked_processes():
+            self._llm: Any = AsyncLLM.from_engine_args(args, stat_loggers=[_stat_logger(record)] if record else None)
         self._processes = set(multiprocessing.active_children()) - others
         enable_envs_cache()  # vLLM looks settings up for each array that it decodes: 5 % of this process's time
 
@@ -278,6 +280,38 @@ class VllmEngine:
             for process in self._processes:
                 process.join()
             self._llm = None  # its finaliser would fail noisily at the interpreter's exit
+
+
+def _import_ahead(device: Literal["cpu", "cuda"]) -> None:
+    """Have the engine's process import vLLM while this one does, which takes each of them most of its start."""
+    modules = ["vllm.v1.engine.core"]
+    environment = {}
+    if device == "cpu":
+        modules.append("vllm.v1.worker.cpu_worker")
+        # As vLLM's CPU platform sets it for a process that it starts anew: torch's own OpenMP, and a faster malloc.
+        torch, vllm = (Path(str(spec.origin)).parent for name in ("torch", "vllm") if (spec := find_spec(name)))
+        found = [next(iter(torch.glob("lib/libgomp*.so*")), None), next(iter(vllm.glob("libs/libtcmalloc*.so*")), None)]
+        environment["LD_PRELOAD"] = ":".join(str(library) for library in found if library)
+    import_ahead(modules, environment)
+
+
+@contextmanager
+def _forked_processes() -> Iterator[None]:
+    """vLLM starts its engine's process from this process's fork server. It has no setting for that, but means to: the
+    server of its own API names `forkserver`, which its settings refuse."""
+    from vllm.v1.engine import utils
+
+    spawned = utils.get_mp_context
+
+    def forking() -> Any:
+        spawned()  # what it sets in the environment, for the processes of that process, holds
+        return ForkingContext()
+
+    utils.get_mp_context = forking
+    try:
+        yield
+    finally:
+        utils.get_mp_context = spawned
 
 
 def engine_args(
