@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,8 @@ CPU_ENV: dict[str, str] = {
 """Environment of an engine on CPU, set before vllm is imported: for Ray, `env_vars` of the worker's runtime_env."""
 
 
+SPAWNS = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn"
+"""Whether the user wants the engine's process to begin with nothing; vLLM itself sets this variable later on."""
 HEARTBEAT_SECONDS = 1.0
 """How long a dead engine may go unnoticed during a control call."""
 
@@ -80,7 +83,8 @@ class VllmEngine:
         version: int = 0,
         record: Callable[[Any, Any], None] | None = None,
     ) -> None:
-        _import_ahead(device)
+        if not SPAWNS:
+            _import_ahead(device)
         from vllm import SamplingParams
         from vllm.envs import enable_envs_cache
         from vllm.outputs import CompletionOutput
@@ -111,7 +115,7 @@ class VllmEngine:
         args = engine_args(
             path, model, config, device=device, max_model_len=max_model_len, seed=seed, sleeps=self._sleeps
         )
-        with _forked_processes():
+        with nullcontext() if SPAWNS else _forked_processes():
             self._llm: Any = AsyncLLM.from_engine_args(args, stat_loggers=[_stat_logger(record)] if record else None)
         self._processes = set(multiprocessing.active_children()) - others
         enable_envs_cache()  # vLLM looks settings up for each array that it decodes: 5 % of this process's time
