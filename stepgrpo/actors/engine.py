@@ -292,11 +292,18 @@ def _import_ahead(device: Literal["cpu", "cuda"]) -> None:
     environment = {}
     if device == "cpu":
         modules.append("vllm.v1.worker.cpu_worker")
-        # As vLLM's CPU platform sets it for a process that it starts anew: torch's own OpenMP, and a faster malloc.
-        torch, vllm = (Path(str(spec.origin)).parent for name in ("torch", "vllm") if (spec := find_spec(name)))
-        found = [next(iter(torch.glob("lib/libgomp*.so*")), None), next(iter(vllm.glob("libs/libtcmalloc*.so*")), None)]
-        environment["LD_PRELOAD"] = ":".join(str(library) for library in found if library)
+        if "LD_PRELOAD" not in os.environ:
+            # As vLLM's CPU platform sets it for a process that begins anew: torch's own OpenMP, and a faster malloc.
+            found = [*_libraries("torch", "lib/libgomp*.so*"), *_libraries("vllm", "libs/libtcmalloc*.so*")]
+            environment["LD_PRELOAD"] = ":".join(found)
     import_ahead(modules, environment)
+
+
+def _libraries(package: str, pattern: str) -> list[str]:
+    """The first of a package's files that match, found without importing it."""
+    spec = find_spec(package)
+    assert spec and spec.origin
+    return [str(file) for file in sorted(Path(spec.origin).parent.glob(pattern))[:1]]
 
 
 @contextmanager
