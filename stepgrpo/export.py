@@ -23,7 +23,7 @@ def export(place: str, manifest: Manifest, output: Path, model: str | None = Non
 
     Raises:
         CheckpointError: the checkpoint is no run's, or is damaged.
-        ConfigError: ``output`` holds something, or the model's configuration is not to be had.
+        ConfigError: ``output`` holds something, or the model's configuration or tokenizer is not to be had.
     """
     import torch
     import transformers

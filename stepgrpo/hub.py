@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stepgrpo.config import ConfigError, RunConfig, brief
+from stepgrpo.tokens import tokenizer_file
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -117,17 +118,19 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    directory = checkpoint_files(path)
+    directory = _with_tokenizer(path)
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # tokenizers raise all kinds
         raise ConfigError(f"model.path: got {path}, without a usable tokenizer ({brief(e)})") from None
 
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -136,11 +139,25 @@ _TOKENIZER_FILES = (
 
 
 def copy_tokenizer(path: str, directory: Path) -> None:
-    """Write the checkpoint's tokenizer into another directory, byte for byte: training changes nothing in it."""
-    source = checkpoint_files(path)
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+    """Write the checkpoint's tokenizer into another directory, byte for byte: training changes nothing in it.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    source = _with_tokenizer(path)
+    for file in (file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)):
+        copy = directory / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _with_tokenizer(path: str) -> Path:
+    directory = checkpoint_files(path)
+    try:
+        tokenizer_file(directory)
+    except ValueError as e:
+        raise ConfigError(f"model.path: {e}") from None
+    return directory
 
 
 def _json(path: Path) -> dict[str, Any]:

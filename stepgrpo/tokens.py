@@ -17,6 +17,20 @@ from tokenizers.decoders import DecodeStream
 _INCOMPLETE = "�"  # what a decoder shows for bytes that are no whole character (yet)
 
 
+def tokenizer_file(directory: str | Path) -> Path:
+    """
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(directory) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: not there; a checkpoint needs its fast tokenizer "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it)"
+        )
+    return file
+
+
 class Codec:
     """A checkpoint's tokenizer."""
 
@@ -32,12 +46,7 @@ class Codec:
         Raises:
             ValueError: there is none, or it cannot be read.
         """
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{file}: not there; a checkpoint needs its fast tokenizer "
-                "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it)"
-            )
+        file = tokenizer_file(path)
         try:
             return cls(Tokenizer.from_file(str(file)))
         except Exception as e:  # what the library raises

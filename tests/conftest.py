@@ -20,6 +20,7 @@ def supervised() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         scratch = tempfile.mkdtemp(prefix="sg", dir="/tmp")  # short, because of Ray's sockets
         patch.setenv(SCRATCH, scratch)
+        patch.setenv("VLLM_RPC_BASE_PATH", scratch)
         # For all of the process: Ray reads it once, and a cluster of another mode would end each of its actors.
         patch.setenv("RAY_AUTH_MODE", "disabled")
         yield

@@ -43,7 +43,6 @@ def fresh() -> Iterator[Fresh]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DS_ACCELERATOR", raising=False)
-        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process looks at the GPU's memory
         yield in_a_process_of_its_own
 
 

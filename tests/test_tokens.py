@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from stepgrpo.config import ConfigError
 from stepgrpo.hub import copy_tokenizer, load_tokenizer
 from stepgrpo.tokens import Codec, TextStream
 
@@ -171,13 +172,29 @@ def test_prompts_are_spelt_by_the_checkpoints_own_file_whatever_its_tokenizer_is
     copy.mkdir()
     (checkpoint / "config.json").write_text('{"model_type": "qwen3"}')
     codec.tokenizer.save(str(checkpoint / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "chat_template": template}))
+    (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    more = "additional_chat_templates/tools.jinja"
+    (checkpoint / more).parent.mkdir()
+    (checkpoint / more).write_text("{{ tools }}")
     copy_tokenizer(str(checkpoint), copy)
+    assert (copy / more).read_text() == "{{ tools }}"
     (copy / "config.json").write_text('{"model_type": "qwen3"}')
     for directory in (checkpoint, copy):
         tokenizer = load_tokenizer(str(directory))
         said = [{"role": "user", "content": "1 + 2?  Wait\n"}]
         ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
         assert ids == codec.encode("1 + 2?  Wait\n")
-    assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == {p.name: p.read_bytes() for p in copy.iterdir()}
+    left, right = ({p.name: p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in (checkpoint, copy))
+    assert left == right
+
+
+def test_a_checkpoint_without_its_fast_tokenizer_is_refused_with_what_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "vocab.json").write_text("{}")
+    for read in (lambda: load_tokenizer(str(tmp_path)), lambda: copy_tokenizer(str(tmp_path), tmp_path / "copy")):
+        with pytest.raises(ConfigError, match=r"^model\.path: .*tokenizer\.json: not there; .*save_pretrained"):
+            read()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^model\.path: .* without a usable tokenizer"):
+        load_tokenizer(str(tmp_path))

@@ -42,8 +42,11 @@ CPU_ENV: dict[str, str] = {
 """Environment of an engine on CPU, set before vllm is imported: for Ray, `env_vars` of the worker's runtime_env."""
 
 
-SPAWNS = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn"
-"""Whether the user wants the engine's process to begin with nothing; vLLM itself sets this variable later on."""
+SPAWNS = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn" or os.environ.get(
+    "VLLM_ENABLE_CUDA_COMPATIBILITY", ""
+).lower() in ("1", "true")
+"""Whether the engine's process begins with nothing: the user wants it, as this module is imported (vLLM itself sets the
+variable later on), or it must find other CUDA libraries, which a process looks for when it begins."""
 HEARTBEAT_SECONDS = 1.0
 """How long a dead engine may go unnoticed during a control call."""
 
@@ -292,18 +295,19 @@ def _import_ahead(device: Literal["cpu", "cuda"]) -> None:
     environment = {}
     if device == "cpu":
         modules.append("vllm.v1.worker.cpu_worker")
-        if "LD_PRELOAD" not in os.environ:
-            # As vLLM's CPU platform sets it for a process that begins anew: torch's own OpenMP, and a faster malloc.
-            found = [*_libraries("torch", "lib/libgomp*.so*"), *_libraries("vllm", "libs/libtcmalloc*.so*")]
-            environment["LD_PRELOAD"] = ":".join(found)
-    import_ahead(modules, environment)
+        # As vLLM's CPU platform adds them for a process that begins anew: torch's own OpenMP, and a faster malloc.
+        present = os.environ.get("LD_PRELOAD", "")
+        added = [] if "omp" in present else _libraries("torch", "lib/libgomp*.so*")
+        added += [] if "tcmalloc" in present else _libraries("vllm", "libs/libtcmalloc*.so*")
+        environment["LD_PRELOAD"] = ":".join([*filter(None, [present]), *added])
+    import_ahead(modules, environment, os.environ.get("VLLM_RPC_BASE_PATH"))  # where vLLM's own sockets lie
 
 
 def _libraries(package: str, pattern: str) -> list[str]:
-    """The first of a package's files that match, found without importing it."""
+    """One of a package's files that match, found without importing it."""
     spec = find_spec(package)
-    assert spec and spec.origin
-    return [str(file) for file in sorted(Path(spec.origin).parent.glob(pattern))[:1]]
+    files = Path(spec.origin).parent.glob(pattern) if spec and spec.origin else ()
+    return [str(file) for file in sorted(files)[-1:]]
 
 
 @contextmanager

@@ -16,15 +16,19 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 
-def import_ahead(modules: Sequence[str], environment: Mapping[str, str]) -> None:
+def import_ahead(modules: Sequence[str], environment: Mapping[str, str], directory: str | None = None) -> None:
     """Start this process's fork server, which begins to import; returns at once. Only the first call counts.
 
-    None of the modules may start threads or touch a GPU, which a fork does not survive. One that cannot be imported is
-    left to those who need it.
+    None of the modules may start threads or touch a GPU, which a fork does not survive. One whose import is an
+    ``ImportError`` is left to those who need it.
 
     Args:
         environment: what the server has beyond this process's, such as what must be there when a process begins.
+        directory: a short path for its socket, removed by somebody else; None: a temporary one, which a process that is
+            killed leaves behind.
     """
+    if directory is not None:  # nothing public says where
+        multiprocessing.current_process()._config.setdefault("tempdir", directory)  # type: ignore[attr-defined]
     before = {name: os.environ.get(name) for name in environment}
     multiprocessing.set_forkserver_preload(list(modules))
     os.environ.update(environment)
@@ -39,8 +43,8 @@ def import_ahead(modules: Sequence[str], environment: Mapping[str, str]) -> None
 
 
 class ForkingContext(ForkServerContext):
-    """Of ``multiprocessing``: its processes have the environment of the moment in which they were made, and die with
-    the process that made them, however that ends; the fork server, of which they are children, would let them live."""
+    """Of ``multiprocessing``: its processes have the environment of the moment in which they were made over the fork
+    server's own, and die with the process that made them, however that ends, of which they are no children."""
 
     def Process(self, *, target: Callable[..., object], name: str, kwargs: Mapping[str, Any]) -> ForkServerProcess:  # type: ignore[override]
         return ForkServerProcess(target=_begin, name=name, args=(dict(os.environ), target, kwargs))
