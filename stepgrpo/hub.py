@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stepgrpo.config import ConfigError, RunConfig, brief
-from stepgrpo.tokens import tokenizer_file
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -105,6 +104,20 @@ def portable(config: C) -> C:
         return config
     model = config.model.model_copy(update={"path": str(path.absolute())})
     return config.model_copy(update={"model": model})
+
+
+def tokenizer_file(directory: str | Path) -> Path:
+    """
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(directory) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: not there; a checkpoint needs its fast tokenizer "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it)"
+        )
+    return file
 
 
 def load_tokenizer(path: str) -> Any:

@@ -14,21 +14,9 @@ from typing import Self
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from stepgrpo.hub import tokenizer_file
+
 _INCOMPLETE = "�"  # what a decoder shows for bytes that are no whole character (yet)
-
-
-def tokenizer_file(directory: str | Path) -> Path:
-    """
-    Raises:
-        ValueError: there is none.
-    """
-    file = Path(directory) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: not there; a checkpoint needs its fast tokenizer "
-            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it)"
-        )
-    return file
 
 
 class Codec:
