@@ -95,14 +95,28 @@ def test_a_local_rays_dashboard_has_the_parts_of_use_here_and_gives_way_to_the_r
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("REPORTER_UPDATE_INTERVAL_MS", "7000")
     program = textwrap.dedent("""
-        import os, psutil, sys
+        import os, psutil, sys, time
+        from ray._private.worker import global_worker
         from ray.util.state import list_nodes
         from stepgrpo.config import ClusterConfig
         from stepgrpo.launch import session
+
+        def nodes(patience=60.0):
+            page = global_worker.node.address_info["webui_url"]  # another port, where this one was taken meanwhile
+            end = time.monotonic() + patience
+            while True:
+                try:
+                    return list_nodes(f"http://{page}")
+                except Exception:  # on a busy machine its address is known before it answers
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(0.2)
+
         with session(ClusterConfig(device="cpu", object_store_mb=100, dashboard_port=int(sys.argv[1])), []):
+            num_nodes = len(nodes())
             titles = {p: p.cmdline()[0] for p in psutil.Process().children(recursive=True)}
             parts = {title.split("-")[2]: p.nice() for p, title in titles.items() if title.startswith("ray-dashboard-")}
-            print(sorted(parts), set(parts.values()), len(list_nodes()))
+            print(sorted(parts), set(parts.values()), num_nodes)
             print({name: os.environ[name] for name in ("REPORTER_UPDATE_INTERVAL_MS", "METRICS_RECORD_INTERVAL_S")})
     """)
     done = subprocess.run(
