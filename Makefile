@@ -29,7 +29,7 @@ docs: $(READY)  ## regenerate the reference pages in docs/
 	@$(BIN)/python docs/make_reference.py
 
 BENCHES = rollouts weights learner loop monitoring checkpoint simulate
-bench: $(READY)  ## the measurements of bench/, one after the other (BENCHES="rollouts loop" for some); TRL_PYTHON: a Python with TRL
+bench: $(READY)  ## the measurements of bench/, one after the other, about an hour (BENCHES="rollouts loop" for some); TRL_PYTHON: a Python with TRL
 	@for name in $(BENCHES); do echo "== bench/$$name.py"; start=$$(date +%s); $(BIN)/python bench/$$name.py || exit 1; \
 	  echo "== bench/$$name.py: $$(( $$(date +%s) - start )) s"; done
 
