@@ -89,10 +89,9 @@ def measure(directory: Path, layers: int, repetitions: int) -> tuple[dict[str, l
 
 
 def make_model(directory: Path, layers: int) -> Path:
-    from transformers import AutoTokenizer
+    from stepgrpo.hub import copy_tokenizer
 
-    AutoTokenizer.from_pretrained(MINIATURE).save_pretrained(directory)
-    return save_qwen3(
+    save_qwen3(
         directory,
         vocab_size=32_000,
         hidden_size=768,
@@ -100,6 +99,8 @@ def make_model(directory: Path, layers: int) -> Path:
         num_attention_heads=12,
         intermediate_size=2304,
     )
+    copy_tokenizer(str(MINIATURE), directory)
+    return directory
 
 
 def write(path: Path, parts: list[memoryview]) -> None:

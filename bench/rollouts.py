@@ -68,7 +68,7 @@ from stepgrpo.actors.rollout import LATER, Chunk, Engine, Places, Rollout, Sampl
 from stepgrpo.actors.truncation import Answer, Trigger, seed_for
 from stepgrpo.config import Config, RolloutConfig, load
 from stepgrpo.data import PromptStream, load_problems
-from stepgrpo.hub import eos_ids
+from stepgrpo.hub import eos_ids, load_tokenizer
 from stepgrpo.pool import LOAD
 from stepgrpo.tokens import Codec
 from stepgrpo.types import Prompt
@@ -456,9 +456,7 @@ async def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(config, scripted=not args.miniature, shape=shape)
     problems: Callable[[int, int], Problems] = scripted_problems
     if args.miniature:
-        from transformers import AutoTokenizer
-
-        items = load_problems(config.data.train, config.data, AutoTokenizer.from_pretrained(config.model.path)).items
+        items = load_problems(config.data.train, config.data, load_tokenizer(config.model.path)).items
         problems = partial(miniature_problems, PromptStream(items, config.seed))
     names = args.loops.split(",")
     results: dict[str, Any] = {}

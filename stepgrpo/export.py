@@ -8,7 +8,7 @@ from pathlib import Path
 from stepgrpo import checkpoint
 from stepgrpo.checkpoint import CheckpointError, Manifest
 from stepgrpo.config import ConfigError
-from stepgrpo.hub import checkpoint_files, copy_tokenizer
+from stepgrpo.hub import copy_tokenizer, with_tokenizer
 from stepgrpo.learner.state import read_parameters
 
 
@@ -34,7 +34,7 @@ def export(place: str, manifest: Manifest, output: Path, model: str | None = Non
     if not files or not {"model", "dtype"} <= manifest.meta.keys():
         raise CheckpointError(f"{manifest.name}: holds no policy: it lacks a learner's files, or its model and dtype")
     path = model or manifest.meta["model"]
-    source = checkpoint_files(path)
+    source = with_tokenizer(path)
     dtype = getattr(torch, manifest.meta["dtype"])
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source)

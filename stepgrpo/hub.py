@@ -131,7 +131,7 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    directory = _with_tokenizer(path)
+    directory = with_tokenizer(path)
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as e:  # tokenizers raise all kinds
@@ -157,14 +157,19 @@ def copy_tokenizer(path: str, directory: Path) -> None:
     Raises:
         ConfigError: it has none.
     """
-    source = _with_tokenizer(path)
+    source = with_tokenizer(path)
     for file in (file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)):
         copy = directory / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
 
 
-def _with_tokenizer(path: str) -> Path:
+def with_tokenizer(path: str) -> Path:
+    """As ``checkpoint_files``, of a checkpoint that has its fast tokenizer.
+
+    Raises:
+        ConfigError: it is not to be had, or has none.
+    """
     directory = checkpoint_files(path)
     try:
         tokenizer_file(directory)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from stepgrpo.cli import app
-from tests.runs import ENDLESS, QUICKSTART, SMALL, STEPGRPO, descendants, read_lines, shared_memory, titled
+from tests.runs import ENDLESS, QUICKSTART, SMALL, command, descendants, read_lines, shared_memory, titled
 
 SECONDS_TO_START = 300.0
 SECONDS_TO_STOP = 30.0
@@ -45,10 +45,13 @@ def in_training(
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path, Path]]:
     """The command, in the middle of an endless training: (process, run directory, what it printed)."""
     screen = directory / "screen.txt"
-    command = [STEPGRPO, "train", QUICKSTART, "name=x", f"runs_dir={directory}", *ENDLESS]
     with screen.open("w") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=before_start
+            command(directory, "x", ENDLESS),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=before_start,
         )
     metrics = directory / "x" / "metrics.jsonl"
 
@@ -65,9 +68,13 @@ def in_training(
             process.wait()
 
 
-def assert_usable(run_dir: Path, status: str) -> None:
+def assert_interrupted(run_dir: Path, screen: Path, weights: set[Path]) -> None:
+    """It said so, gave its shared memory back, and left a run that can be used."""
+    assert not any(w.exists() for w in weights)
+    assert screen.read_text().splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in screen.read_text()
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["status"] == status
+    assert summary["status"] == "interrupted"
     updates = [x["update"] for x in read_lines(run_dir / "metrics.jsonl")]
     assert updates == list(range(1, summary["updates"] + 1))
     AutoModelForCausalLM.from_pretrained(run_dir / "model")
@@ -93,10 +100,7 @@ def test_ctrl_c_ends_a_run_and_everything_it_started(environment: pytest.MonkeyP
             os.killpg(process.pid, signal.SIGINT)
             assert process.wait(SECONDS_TO_STOP) == 130
     wait_for(lambda: not any(map(is_alive, started)), 3, "the end of every process")
-    assert not any(w.exists() for w in weights)
-    assert screen.read_text().splitlines()[-1] == "error: interrupted"
-    assert "Traceback" not in screen.read_text()
-    assert_usable(run_dir, "interrupted")
+    assert_interrupted(run_dir, screen, weights)
 
 
 def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Path) -> None:
@@ -108,10 +112,7 @@ def test_sigterm_ends_a_run_on_a_cluster_that_goes_on(cluster: str, tmp_path: Pa
         process.terminate()
         assert process.wait(SECONDS_TO_STOP) == 130
     wait_for(lambda: not any(map(is_alive, actors)), 10, "the end of every actor")
-    assert not any(w.exists() for w in weights)
-    assert screen.read_text().splitlines()[-1] == "error: interrupted"
-    assert "Traceback" not in screen.read_text()
-    assert_usable(run_dir, "interrupted")
+    assert_interrupted(run_dir, screen, weights)
 
 
 def test_more_than_the_cluster_has_is_refused_and_leaves_the_name_free(cluster: str, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,11 +15,8 @@ from stepgrpo import run
 from stepgrpo.config import Config, ConfigError, RolloutConfig, load
 from stepgrpo.console import Display
 from stepgrpo.reward.steps import count_steps, make_step_rule
+from tests.runs import MINIATURE, QUICKSTART, ROOT, STEPGRPO, read_lines
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-MINIATURE = ROOT / "examples" / "miniature"
-STEPGRPO = Path(sys.executable).with_name("stepgrpo")
 PRICE = 0.1
 SETTINGS = [
     "reward.scheme=mine:step_price",
@@ -43,10 +39,6 @@ SMALL = [
     "eval.every=0",
     "eval.num_prompts=20",
 ]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
