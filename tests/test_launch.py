@@ -92,7 +92,8 @@ def test_a_local_ray_listens_on_loopback_where_others_may_join_it(monkeypatch):
 
 
 def test_a_local_rays_dashboard_has_the_parts_of_use_here_and_gives_way_to_the_run(monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("REPORTER_UPDATE_INTERVAL_MS", "7000")
     program = textwrap.dedent("""
         import os, psutil, sys, time

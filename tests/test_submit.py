@@ -224,6 +224,16 @@ def test_of_a_variable_that_is_given_twice_the_last_one_counts_and_whether_it_is
         assert shown in job.command("http://here:1") and "hidden" not in job.command("http://here:1")
 
 
+def test_an_address_that_was_tried_is_not_left_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in ({}, {ADDRESS: "http://elsewhere:1"}):
+        monkeypatch.delenv(ADDRESS, raising=False)
+        for name, value in before.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match="no Ray job server"):
+            connect(f"http://127.0.0.1:{free_port()}")
+        assert os.environ.get(ADDRESS) == before.get(ADDRESS)
+
+
 def test_a_password_in_an_address_is_not_shown(project: Path) -> None:
     address = f"http://me:pass@w0rd@127.0.0.1:{free_port()}"
     shown = f"http://***@127.0.0.1:{address.rpartition(':')[2]}"
