@@ -335,9 +335,10 @@ def _batch_of(checkpoint: str | None) -> int:
     return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
 
 
-def audit(run: Run, per_update: int = 4) -> dict[str, Any]:
+def audit(run: Run) -> dict[str, Any]:
     """What the record of a finished run proves. Every value but ``batches``, ``draws``, ``updates`` should be 0."""
     lines = run.lines("draws")
+    per_update = json.loads((run.directory / "config.json").read_text())["train"]["prompts_per_update"]
     used = [d for line in lines for d in (*line["trained"], *line["filtered"])]
     count = Counter(used)
     updates = [m["update"] for m in run.lines("metrics")]
