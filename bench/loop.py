@@ -38,6 +38,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "truncated, ahead by 0": ("train.max_staleness=0",),
     "truncated, ahead by 0, streamed": ("train.max_staleness=0", *STREAM),
     "truncated, ahead by 1": (),
+    "truncated, ahead by 1, weights between trajectories": ("rollout.in_flight_updates=false",),
     "truncated, ahead by 1, streamed": STREAM,
     "truncated, ahead by 2": ("train.max_staleness=2",),
 }

@@ -208,6 +208,9 @@ class RolloutConfig(Section):
     """Share of the budget after which thinking is closed by force; null never does. Independent of probing."""
     repetition_limit: Annotated[int, Field(ge=2)] | None = None
     """Close thinking after that many equal consecutive steps; null never does."""
+    in_flight_updates: bool = True
+    """Change weights while trajectories are decoded, which go on under the new ones. `false`: once those that are being
+    decoded have ended, while no others begin, so that each is of one version; engines are partly idle meanwhile."""
 
 
 class EngineConfig(Section):

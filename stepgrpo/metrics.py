@@ -74,6 +74,7 @@ METRICS: dict[str, str] = {
     "mismatch/max": "The largest.",
     "staleness/mean": "Versions between a trajectory's oldest token and its update.",
     "staleness/max": "The largest; never above `train.max_staleness`.",
+    "staleness/mixed": "Share of trajectories during which weights changed; 0 without `rollout.in_flight_updates`.",
     "discarded/tokens": "Tokens decoded and thrown away: past a cut, and for probes that an earlier decision overtook.",
     "time/checkpoint": "Seconds from the batch's end to a committed checkpoint, of the last one.",
     "checkpoint/bytes": "Size of the last checkpoint.",
@@ -141,6 +142,7 @@ def of_groups(groups: Sequence[GradedGroup], rewards: Sequence[Floats], version:
         **{f"probe/confidence_p{q}": float(np.percentile(read, q)) if read else math.nan for q in (10, 50, 90)},
         "staleness/mean": float(np.mean(stale)),
         "staleness/max": float(np.max(stale)),
+        "staleness/mixed": float(np.mean([f.newest_version > f.oldest_version for f in facts])),
         "discarded/tokens": float(sum(f.discarded_tokens for f in facts)),
     }
 

@@ -36,6 +36,7 @@ def batch():
             probe_verdicts=(Verdict.STALE, Verdict.UNUSED),
             probe_tokens=2,
             oldest_version=2,
+            newest_version=3,
         ),
     )
     return [GradedGroup(7, "p:1", a), GradedGroup(9, "p:2", b)]
@@ -71,6 +72,7 @@ def test_every_figure_of_a_small_batch_is_what_one_computes_by_hand():
         "probe/confidence_p50": 0.745,
         "staleness/mean": 0.75,
         "staleness/max": 2,
+        "staleness/mixed": 0.25,
         "discarded/tokens": 7,
     }
     assert {k: m[k] for k in expected} == pytest.approx(expected)

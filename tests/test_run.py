@@ -99,6 +99,7 @@ def test_staleness_reaches_its_bound_and_never_exceeds_it(stale: Run) -> None:
     lines = stale.lines("metrics")
     assert {x["staleness/max"] for x in lines} == {0, 1}
     assert all(x["staleness/mean"] <= x["staleness/max"] for x in lines)
+    assert any(x["staleness/mixed"] for x in lines), "no weights changed during a trajectory"
 
 
 def test_every_draw_is_used_once_and_none_is_lost(stale: Run) -> None:

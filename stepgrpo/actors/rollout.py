@@ -108,14 +108,16 @@ class Places:
     before all, and so takes none of the room that is left for probes."""
 
     def __init__(self, num: int) -> None:
-        self._free = num
+        self._num = self._free = num
+        self._closed = False
+        self._emptied = asyncio.Event()
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._count = itertools.count()
 
     @asynccontextmanager
     async def taken(self, draw: int) -> AsyncIterator[None]:
         """Have one during the block. ``draw``: -1: an evaluation."""
-        if self._free:
+        if self._free and not self._closed:
             self._free -= 1
         else:
             turn = asyncio.get_running_loop().create_future()
@@ -124,20 +126,36 @@ class Places:
                 await turn
             except asyncio.CancelledError:
                 if not turn.cancelled():  # it had its turn already
-                    self._next()
+                    self._give(1)
                 raise
         try:
             yield
         finally:
-            self._next()
+            self._give(1)
 
-    def _next(self) -> None:
-        while self._waiting:
+    @asynccontextmanager
+    async def empty(self) -> AsyncIterator[None]:
+        """Wait until nobody has one, and give none away until the block ends."""
+        self._closed = True
+        try:
+            self._emptied.clear()
+            if self._free < self._num:
+                await self._emptied.wait()
+            yield
+        finally:
+            self._closed = False
+            self._give(0)
+
+    def _give(self, back: int) -> None:
+        """Give away what is free, after ``back`` more of it."""
+        self._free += back
+        while self._free and self._waiting and not self._closed:
             *_, turn = heapq.heappop(self._waiting)
             if not turn.done():
                 turn.set_result(None)
-                return
-        self._free += 1
+                self._free -= 1
+        if self._free == self._num:
+            self._emptied.set()
 
 
 class Rollout:

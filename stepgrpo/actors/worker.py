@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 from collections.abc import Awaitable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class RolloutWorker:
             sleeps=c.cluster.colocate,
             record=EngineStats(c.name, self._index, c.model.path).record,
         )
+        self._places = Places(c.engine.max_num_seqs)
         self._rollout = Rollout(
             self._engine,
             codec,
@@ -75,7 +77,7 @@ class RolloutWorker:
             eos,
             run_seed=c.seed,
             spans=self._spans,
-            places=Places(c.engine.max_num_seqs),
+            places=self._places,
         )
         self._grader = make_grader(c.reward, c.model.think_close)
 
@@ -112,7 +114,8 @@ class RolloutWorker:
         return describe(await group[0], graded, rollout.codec, rollout.step_rule, self._config.model.think_close)
 
     async def load(self, weights: WeightVersion) -> float:
-        """Fetch a version once per node while decoding goes on, then change to it between two tokens.
+        """Fetch a version once per node while decoding goes on, then change to it between two tokens, or without
+        `rollout.in_flight_updates` between two trajectories.
 
         Returns:
             Seconds during which nothing was decoded.
@@ -129,8 +132,9 @@ class RolloutWorker:
                 self._shared.store, weights.version, weights.manifests, partial(_fetch, weights), first=self._index
             )
             try:
-                with self._shared.reading(weights.version) as (path, table):
-                    return await self._engine.load(weights.version, path, table)
+                async with nullcontext() if self._config.rollout.in_flight_updates else self._places.empty():
+                    with self._shared.reading(weights.version) as (path, table):
+                        return await self._engine.load(weights.version, path, table)
             except WeightsError:
                 continue  # other workers of the node have stored two newer versions since
 

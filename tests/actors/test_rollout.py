@@ -644,6 +644,35 @@ async def test_an_evaluation_has_the_next_places():
     await asyncio.gather(*draws)
 
 
+async def test_places_are_emptied_before_weights_change_and_nobody_begins_until_they_have():
+    engine = ScriptedEngine(script("4 " * 20 + "<eos>"))
+    one = rollout(engine, probe=False)
+    one.places = Places(3)
+    groups = [asyncio.create_task(one.group(prompt_of(PROMPT.token_ids, draw), 2)) for draw in range(4)]
+    await turns(4)
+    assert [r.state for r in engine.requests] == ["open"] * 3
+    async with one.places.empty():
+        assert len(engine.requests) == 3 and not [r for r in engine.requests if r.state == "open"]
+        groups.append(asyncio.create_task(one.group(prompt_of(PROMPT.token_ids, 4), 2)))
+        await turns(20)
+        assert len(engine.requests) == 3 and not any(g.done() for g in groups[1:])
+    await asyncio.gather(*groups)
+    async with one.places.empty():  # at once: nobody has one
+        assert len(engine.requests) == 10
+
+
+async def test_a_change_of_weights_that_is_given_up_leaves_the_places_open():
+    engine = ScriptedEngine(script("4 " * 20 + "<eos>"))
+    one = rollout(engine, probe=False)
+    one.places = Places(1)
+    group = asyncio.create_task(one.group(PROMPT, 2))
+    await turns(3)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0), one.places.empty():
+            pytest.fail("the places were not empty")
+    assert len((await group).trajectories) == 2
+
+
 # ---- nothing depends on timing
 
 
