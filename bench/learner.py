@@ -321,7 +321,7 @@ def main() -> None:
         }
         for what, job in jobs.items():
             is_small = what.startswith("miniature")
-            found[what] = compare(job, args.trl, args.repetitions, 2 if is_small else 1, ["packed"] if is_small else [])
+            found[what] = compare(job, args.trl, args.repetitions, 2 if is_small else 1, ["sdpa"])
             report_sides(what, job, found[what])
     RESULTS.write_text(json.dumps(found) + "\n")
 

@@ -48,6 +48,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
+FLASH = ("varlen", "flash_attention_2")
+"""Attention for a GPU, in half precision."""
+
+
 class ModelConfig(Section):
     """The policy that is trained."""
 
@@ -55,10 +59,11 @@ class ModelConfig(Section):
     """Checkpoint directory, or a name on the Hugging Face hub."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of rollouts and of the learner's forward pass; optimizer and master weights are always float32."""
-    attention: Literal["auto", "varlen", "flash_attention_2", "sdpa"] = "auto"
+    attention: Literal["auto", "varlen", "flash_attention_2", "packed_sdpa", "sdpa"] = "auto"
     """Attention of the learner. `varlen`: torch's own flash attention, on packed rows, on a GPU in bfloat16.
-    `flash_attention_2`: the same by the `flash-attn` extra. `sdpa`: padded rows, anywhere. `auto`: varlen on a GPU in
-    bfloat16, else sdpa; models that cannot be packed, such as those whose layers have a state, then ask for sdpa."""
+    `flash_attention_2`: the same by the `flash-attn` extra. `packed_sdpa`: packed rows anywhere, padded for attention
+    alone. `sdpa`: padded rows. `auto`: varlen on a GPU in bfloat16, else packed_sdpa; models that cannot be packed,
+    such as those whose layers have a state, then ask for sdpa."""
     liger: bool = False
     """Liger's fused kernels for norms, gates and rotations in the learner; on a GPU, with the `liger` extra."""
     think_close: Word = "</think>"
@@ -66,18 +71,18 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check_attention(self) -> Self:
-        if self.dtype == "float32" and self.attention not in ("auto", "sdpa"):
-            raise ValueError(f"model.attention: got {self.attention}, takes sdpa where model.dtype is float32")
+        if self.dtype == "float32" and self.attention in FLASH:
+            raise ValueError(f"model.attention: got {self.attention}, takes packed_sdpa where model.dtype is float32")
         return self
 
     def attention_on(self, device: str) -> str:
         """The learner's attention there, `auto` resolved."""
         if self.attention != "auto":
             return self.attention
-        return "varlen" if device == "cuda" and self.dtype == "bfloat16" else "sdpa"
+        return "varlen" if device == "cuda" and self.dtype == "bfloat16" else "packed_sdpa"
 
     def packed_on(self, device: str) -> bool:
-        """Whether the learner lays sequences end to end: only flash attention skips other sequences' tokens."""
+        """Whether the learner lays sequences end to end."""
         return self.attention_on(device) != "sdpa"
 
 
@@ -441,8 +446,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_device(self) -> Self:
         if self.cluster.device == "cpu":
-            if self.model.packed_on("cpu"):
-                raise ValueError(f"model.attention: got {self.model.attention}, takes sdpa where cluster.device is cpu")
+            if self.model.attention in FLASH:
+                raise ValueError(
+                    f"model.attention: got {self.model.attention}, takes packed_sdpa where cluster.device is cpu"
+                )
             if self.model.liger:
                 raise ValueError("model.liger: got true, takes false where cluster.device is cpu")
         return self

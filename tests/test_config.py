@@ -175,9 +175,11 @@ def test_what_needs_a_gpu_is_refused_on_cpu_in_supervised_training_too(change: d
 def test_flash_attention_over_packed_rows_is_taken_where_it_can_be() -> None:
     model = load(Config, QUICKSTART, ["model.dtype=bfloat16"]).model
     assert (model.attention_on("cuda"), model.packed_on("cuda")) == ("varlen", True)
-    assert (model.attention_on("cpu"), model.packed_on("cpu")) == ("sdpa", False)
+    assert (model.attention_on("cpu"), model.packed_on("cpu")) == ("packed_sdpa", True)
     exact = load(Config, QUICKSTART).model
-    assert (exact.attention_on("cuda"), exact.packed_on("cuda")) == ("sdpa", False)
+    assert (exact.attention_on("cuda"), exact.packed_on("cuda")) == ("packed_sdpa", True)
+    padded = load(Config, QUICKSTART, ["model.attention=sdpa"]).model
+    assert (padded.attention_on("cuda"), padded.packed_on("cuda")) == ("sdpa", False)
 
 
 def test_one_update_per_batch_may_be_streamed() -> None:

@@ -1,6 +1,6 @@
-"""Our learner as a process that makes one update per request: ours_learner.py JOB.json [packed|sdpa|liger].
+"""Our learner as a process that makes one update per request: ours_learner.py JOB.json [sdpa|liger].
 
-See learner.py. On CPU `packed` lays sequences end to end, on a GPU `sdpa` does not."""
+See learner.py. Sequences lie end to end, but for `sdpa`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ async def main(job: dict[str, Any], *ways: str) -> None:
         attention="sdpa" if "sdpa" in ways else "auto",
         liger="liger" in ways,
     )
-    packed = "packed" in ways or model.packed_on(device)
     config = LearnerConfig.model_validate(
         {
             "importance_cap": None,
@@ -73,7 +72,6 @@ async def main(job: dict[str, Any], *ways: str) -> None:
         rollout=RolloutConfig(),
         reward=RewardConfig(grader="exact"),
     )
-    worker._packed = packed  # no setting packs on CPU, because it is slower there
     await worker.setup(*await worker.listen())
     groups = [group_of(draw, row) for draw, row in enumerate(job["groups"])]
 
@@ -90,7 +88,7 @@ async def main(job: dict[str, Any], *ways: str) -> None:
             num_updates=1,
             num_ranks=1,
             budget_tokens=job["micro_batch_tokens"],
-            packed=packed,
+            packed=model.packed_on(device),
         )
         [metrics] = await worker.update(plan, {g.draw: ready(g) for g in groups})
         answer(**meter.read(), at_rest=at_rest, grad_norm=metrics["policy/grad_norm"])

@@ -1,20 +1,28 @@
-"""Attention over packed rows by the flash attention that comes with torch: nothing to build, no padding, no mask.
+"""Attention over packed rows, without a mask: each sequence sees itself alone.
 
-Importing this registers `varlen` among transformers' attention implementations.
+Importing this registers among transformers' attention implementations `varlen`, the flash attention that comes with
+torch, for half precision on a GPU, and `packed_sdpa`, which is for anything else: sequences of like length lie side by
+side for attention alone, padded to the longest of them, and all else of the model computes no padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
+LIKE = 0.8
+"""The shortest sequence of a block is at least that much of its longest: of its places, a fifth at most is padding."""
 UNKNOWN = ("s_aux", "softcap", "position_bias")
 """What some models ask of their attention, and would go without unnoticed."""
 LAYERS = {"full_attention", "sliding_attention"}
@@ -34,7 +42,7 @@ def check_packs(model: PreTrainedModel) -> None:
 
 
 def bounds(position_ids: NDArray, device: torch.device) -> dict[str, Any]:
-    """Where the sequences of a packed row begin, as transformers' flash attention and ours take it.
+    """Where the sequences of a packed row begin, as transformers' flash attention and `varlen` take it.
 
     Counted once here on the host: derived from positions on the device it would stop the device in every layer.
 
@@ -83,10 +91,10 @@ def varlen(
     Raises:
         ValueError: the model wants more of it than this.
     """
-    wanted = [name for name in UNKNOWN if more.get(name) is not None]
-    if attention_mask is not None or wanted or value.shape[-1] != query.shape[-1]:
-        what = ", ".join(wanted) or "a mask or values of another size than keys"
-        raise ValueError(f"model.attention: got varlen, takes sdpa: {type(module).__name__} asks for {what}")
+    _check_known(module, more, attention_mask)
+    if value.shape[-1] != query.shape[-1]:
+        kind = type(module).__name__
+        raise ValueError(f"model.attention: got varlen, takes packed_sdpa: {kind} has values of another size than keys")
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # nothing to the right: causal
     states = varlen_attn(
@@ -105,5 +113,134 @@ def varlen(
     return states.unsqueeze(0), None
 
 
-AttentionInterface.register("varlen", varlen)
-AttentionMaskInterface.register("varlen", flash_attention_mask)  # none
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Where a packed row's tokens lie while sequences of like length are side by side: P places, block after block."""
+
+    shapes: tuple[tuple[int, int], ...]
+    """(sequences, places of each) of every block."""
+    tokens: Tensor
+    """[P] the token of each place; the sequence's last one where it has no more."""
+    padding: Tensor
+    """[P] True there."""
+    places: Tensor
+    """[L] the place of each token."""
+
+    def lay_out(self, states: Tensor) -> Tensor:
+        """[L, ...] of tokens -> [P, ...] of places."""
+        return _Move.apply(states, self.tokens, self.places, None)  # type: ignore[no-untyped-call]
+
+    def take_back(self, states: Tensor) -> Tensor:
+        """[P, ...] of places -> [L, ...] of tokens."""
+        return _Move.apply(states, self.places, self.tokens, self.padding)  # type: ignore[no-untyped-call]
+
+
+def blocks(position_ids: NDArray, device: torch.device) -> dict[str, Any]:
+    """What `packed_sdpa` takes: computed once on the host, for all layers.
+
+    Args:
+        position_ids: [B, L], beginning again at 0; padding on a row's right is of its sequence.
+
+    >>> import numpy as np
+    >>> b = blocks(np.array([[0, 1, 0, 1, 2, 3, 4, 0, 1, 2, 3]]), torch.device("cpu"))["blocks"]
+    >>> b.shapes, b.tokens.tolist()
+    (((2, 5), (1, 2)), [2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 0, 1])
+    """
+    positions = position_ids.ravel()
+    starts = np.flatnonzero(positions == 0)
+    lengths = np.diff([*starts, len(positions)])
+    order = np.argsort(-lengths, kind="stable")
+    shapes, tokens, padding = [], [], []
+    while len(order):
+        width = int(lengths[order[0]])
+        num = int((lengths[order] >= LIKE * width).sum())
+        members, order = order[:num, None], order[num:]
+        place = np.arange(width)
+        shapes.append((num, width))
+        tokens.append((starts[members] + np.minimum(place, lengths[members] - 1)).ravel())
+        padding.append((place >= lengths[members]).ravel())
+    of_place, is_padding = np.concatenate(tokens), np.concatenate(padding)
+    places = np.empty(len(positions), np.int64)
+    places[of_place[~is_padding]] = np.flatnonzero(~is_padding)
+    moved = (torch.from_numpy(a).to(device, non_blocking=True) for a in (of_place, is_padding, places))
+    return {"blocks": Blocks(tuple(shapes), *moved)}
+
+
+class _Move(torch.autograd.Function):
+    """Tokens to places, or places to tokens. The gradient goes the same way back: a place without a token is seen by
+    none that has one, and nobody reads what it sees."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, source: Tensor, target: Tensor, padding: Tensor | None) -> Tensor:
+        ctx.save_for_backward(target, padding)
+        return states.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        target, padding = ctx.saved_tensors
+        gradient = gradient.index_select(0, target)
+        if padding is not None:
+            gradient = gradient.masked_fill_(padding[:, None, None], 0)
+        return gradient, None, None, None
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    blocks: Blocks,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence, by PyTorch's scaled dot product attention.
+
+    Args:
+        query, key, value: [B, heads, L, D]; keys and values may have fewer heads.
+
+    Returns:
+        [B, L, heads, D], as transformers wants it.
+
+    Raises:
+        ValueError: the model wants more of it than this.
+    """
+    _check_known(module, more, attention_mask)
+    sizes = [num * width for num, width in blocks.shapes]
+    laid_out = (torch.split(blocks.lay_out(s.transpose(1, 2).flatten(0, 1)), sizes) for s in (query, key, value))
+    seen = []
+    for (num, width), *block in zip(blocks.shapes, *laid_out, strict=True):
+        heads = (states.view(num, width, *states.shape[1:]).transpose(1, 2) for states in block)
+        window = _window(width, sliding_window, query.device)
+        seen.append(sdpa_attention_forward(module, *heads, window, scaling=scaling, is_causal=True)[0].flatten(0, 1))
+    states = blocks.take_back(torch.cat(seen))
+    return states.view(query.shape[0], query.shape[2], *states.shape[1:]), None
+
+
+def _window(width: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """[width, width] what a sequence's tokens see; None: all before them."""
+    if sliding_window is None or width <= sliding_window:
+        return None
+    at = torch.arange(width, device=device)
+    back = at[:, None] - at
+    return (back >= 0) & (back < sliding_window)
+
+
+def _check_known(module: nn.Module, more: Mapping[str, Any], attention_mask: Tensor | None) -> None:
+    wanted = [name for name in UNKNOWN if more.get(name) is not None] + ["a mask"] * (attention_mask is not None)
+    if wanted:
+        raise ValueError(f"model.attention: takes sdpa, for {type(module).__name__} asks for {', '.join(wanted)}")
+
+
+LAYOUTS: dict[str, Callable[[NDArray, torch.device], dict[str, Any]]] = {
+    "varlen": bounds,
+    "flash_attention_2": bounds,
+    "packed_sdpa": blocks,
+    "sdpa": lambda *_: {},
+}
+"""What each attention must know of a micro-batch: position_ids [B, L] -> keyword arguments for a model's forward."""
+for name, attention in (("varlen", varlen), ("packed_sdpa", packed_sdpa)):
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, flash_attention_mask)  # none

@@ -40,7 +40,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from stepgrpo.config import LearnerConfig, ModelConfig
 from stepgrpo.hub import copy_tokenizer
 from stepgrpo.learner import state
-from stepgrpo.learner.attention import bounds, check_packs
+from stepgrpo.learner.attention import LAYOUTS, check_packs
 from stepgrpo.learner.batch import MicroBatch
 from stepgrpo.learner.loss import LossTokens, Sums
 from stepgrpo.types import FloatArray
@@ -178,10 +178,10 @@ class _Scorer(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, index: Tensor, targets: Tensor, bounds: Mapping[str, Any]
+        self, input_ids: Tensor, position_ids: Tensor, index: Tensor, targets: Tensor, layout: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         # use_cache=False and no attention mask: only then are packed sequences kept apart by their positions.
-        states = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **bounds)
+        states = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout)
         return self.model.get_output_embeddings()(states.last_hidden_state.flatten(0, 1)[index], targets)
 
 
@@ -220,7 +220,8 @@ class LearnerEngine:
         """
         self._model_path = model.path
         self._device = torch.device(device)
-        self._packed = model.packed_on(device)
+        attention = model.attention_on(device)
+        self._layout = LAYOUTS[attention]
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -239,9 +240,9 @@ class LearnerEngine:
 
         def load() -> _Scorer:
             lm = transformers.AutoModelForCausalLM.from_pretrained(
-                model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention_on(device)
+                model.path, dtype=getattr(torch, model.dtype), attn_implementation=attention
             )
-            if self._packed:
+            if model.packed_on(device):
                 check_packs(lm)
             if model.liger:
                 _use_liger(lm)
@@ -505,7 +506,7 @@ class LearnerEngine:
             self._tensor(batch.position_ids),
             self._tensor(batch.index),
             self._tensor(batch.targets),
-            bounds(batch.position_ids, self._device) if self._packed else {},
+            self._layout(batch.position_ids, self._device),
         )
 
     def _loss_tokens(self, batch: MicroBatch, own_version: int) -> LossTokens:

@@ -83,7 +83,7 @@ def engine_of(
 ) -> LearnerEngine:
     """An engine that keeps no parameter gathered and cuts logits in chunks of 3 tokens."""
     config = LearnerConfig(**({"lr": 1e-3, "logprob_chunk_tokens": 3} | settings))
-    # Not validated: where there is no GPU, and in float32, packed rows are for a test alone.
+    # Not validated: where there is no GPU, and in float32, flash attention is for a test alone.
     model = ModelConfig.model_validate({"path": path, "dtype": dtype}).model_copy(update={"attention": attention})
     return LearnerEngine(
         config, model, temperature=temperature, device="cpu", with_reference=with_reference, persistence_threshold=0
@@ -251,17 +251,18 @@ def test_sequences_that_lie_end_to_end_learn_as_if_each_had_a_row_of_its_own(
         config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0, "layer_types": layers}
         (tmp_path / "windowed" / "config.json").write_text(json.dumps(config))
     samples, found = make_samples(5), []
-    for attention in ("sdpa", "varlen"):
+    for attention in ("sdpa", "varlen", "packed_sdpa"):
         engine = engine_of(path, attention=attention, gradient_checkpointing=checkpointing)
-        packed = attention == "varlen"
+        packed = attention != "sdpa"
         batches = [collate(samples[:3], packed, 0), collate(samples[3:], packed, 0), collate([], packed, 0)]
         metrics = engine.update(batches, partial(nll_loss, scale=1 / num_tokens(samples)), lr=1e-3)
         found.append((metrics["policy/loss"], metrics["policy/grad_norm"], engine.logprobs(batches[0])[0]))
         engine.close()
-    (loss, norm, scores), (packed_loss, packed_norm, packed_scores) = found
-    assert packed_loss == pytest.approx(loss, rel=1e-5)
-    assert packed_norm == pytest.approx(norm, rel=1e-4)
-    np.testing.assert_allclose(packed_scores, scores, atol=1e-4)
+    (loss, norm, scores), *others = found
+    for packed_loss, packed_norm, packed_scores in others:
+        assert packed_loss == pytest.approx(loss, rel=1e-5)
+        assert packed_norm == pytest.approx(norm, rel=1e-4)
+        np.testing.assert_allclose(packed_scores, scores, atol=1e-4)
 
 
 def test_a_model_whose_layers_have_a_state_is_not_packed(model_dirs: dict[bool, str]):
@@ -379,9 +380,9 @@ def train(path: str, samples: list[Sample], dtype: str, num_updates: int, save_t
     torch.set_num_threads(1)
     engine = engine_of(path, dtype=dtype, with_reference=True)
     shares = partition(
-        [len(s.token_ids) for s in samples], num_ranks=dist.get_world_size(), budget_tokens=40, packed=False
+        [len(s.token_ids) for s in samples], num_ranks=dist.get_world_size(), budget_tokens=40, packed=True
     )
-    batches = [collate([samples[i] for i in mb], False, engine.pad_id) for mb in shares[dist.get_rank()]]
+    batches = [collate([samples[i] for i in mb], True, engine.pad_id) for mb in shares[dist.get_rank()]]
     batches = [with_others(engine, b) for b in batches]
     metrics = [engine.update(batches, grpo(samples), lr=1e-3) for _ in range(num_updates)]
     if save_to:
@@ -434,8 +435,8 @@ def train_in_parts(
     for end, size in zip(np.cumsum(parts), parts, strict=True):
         part = samples[end - size : end]
         lengths = [len(s.token_ids) for s in part]
-        shares = partition(lengths, num_ranks=dist.get_world_size(), budget_tokens=40, packed=False)
-        batches = [collate([part[i] for i in mb], False, engine.pad_id) for mb in shares[dist.get_rank()]]
+        shares = partition(lengths, num_ranks=dist.get_world_size(), budget_tokens=40, packed=True)
+        batches = [collate([part[i] for i in mb], True, engine.pad_id) for mb in shares[dist.get_rank()]]
         batches = [replace(b, reference=engine.reference_logprobs(b)) for b in batches]
         engine.accumulate(batches, partial(grpo(samples), scale=1.0))
     metrics = engine.step(lr=1e-3, divisor=num_tokens(samples))

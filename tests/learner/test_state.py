@@ -54,8 +54,8 @@ def engine_of(path: str, dtype: str = "float32", threshold: int = ALL_SHARDED) -
 def update(engine: LearnerEngine, samples: list[Sample], constant: float = 0.0) -> dict[str, float]:
     """One update on the samples, dealt to however many ranks there are; rank 0's loss has a constant added."""
     lengths = [len(s.token_ids) for s in samples]
-    shares = partition(lengths, num_ranks=dist.get_world_size(), budget_tokens=40, packed=False)
-    batches = [collate([samples[i] for i in mb], False, engine.pad_id) for mb in shares[dist.get_rank()]]
+    shares = partition(lengths, num_ranks=dist.get_world_size(), budget_tokens=40, packed=True)
+    batches = [collate([samples[i] for i in mb], True, engine.pad_id) for mb in shares[dist.get_rank()]]
 
     def objective(*args: Any) -> Any:
         loss, sums = nll_loss(*args, scale=1 / num_tokens(samples))

@@ -103,7 +103,7 @@ def plan_of(graded: list[GradedGroup], *, num_ranks: int = 1, num_updates: int =
         num_updates=num_updates,
         num_ranks=num_ranks,
         budget_tokens=60,
-        packed=False,
+        packed=True,
     )
 
 
@@ -173,7 +173,7 @@ async def test_old_log_probabilities_are_those_before_the_first_of_several_updat
     for update in plan.updates:
         for rows in update.micro_batches[0]:
             samples = [sample_of(groups[d].trajectories[i], plan.advantages[d][i], True) for d, i in rows]
-            batch = collate(samples, False, engine.pad_id)
+            batch = collate(samples, True, engine.pad_id)
             old, _ = engine.logprobs(batch)
             work.append((update, replace(batch, old=old, reference=old)))
     for update, reported in zip(plan.updates, metrics, strict=True):
@@ -207,7 +207,7 @@ async def test_a_batch_in_parts_is_trained_as_the_whole(model_dir: str):
     for draws in ((0, 3), (1,), (2, 4)):
         some = [graded[d] for d in draws]
         advantages = [plan.advantages[d] for d in draws]
-        parts.append(make_plan(some, advantages, version=0, num_updates=1, num_ranks=1, budget_tokens=60, packed=False))
+        parts.append(make_plan(some, advantages, version=0, num_updates=1, num_ranks=1, budget_tokens=60, packed=True))
         refs = {d: ready(groups[d]) for d in draws}
         assert await worker.fetch(parts[-1], refs) == []
         await worker.accumulate(parts[-1], refs)

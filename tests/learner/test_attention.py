@@ -1,0 +1,77 @@
+"""Sequences that lie end to end see themselves alone, whatever lies beside them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from stepgrpo.learner.attention import LIKE, blocks, packed_sdpa, varlen
+
+CPU = torch.device("cpu")
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+MODULE: Any = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True)
+
+
+def positions_of(lengths: list[int]) -> np.ndarray:
+    return np.concatenate([np.arange(n) for n in lengths])[None]
+
+
+def random_states(num_tokens: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, heads, num_tokens, SIZE, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [[1], [5], [3, 9, 1, 8, 9, 2], [40, 39, 1, 1, 33]])
+def test_values_and_gradients_are_those_of_each_sequence_alone(lengths: list[int], window: int | None) -> None:
+    packed, alone = (
+        [s.requires_grad_() for s in random_states(sum(lengths))],
+        [s.requires_grad_() for s in random_states(sum(lengths))],
+    )
+    got, _ = packed_sdpa(
+        MODULE, *packed, None, **blocks(positions_of(lengths), CPU), scaling=0.3, sliding_window=window, dropout=0.0
+    )
+    parts = []
+    for q, k, v in zip(*(s.split(lengths, dim=2) for s in alone), strict=True):
+        at = torch.arange(q.shape[2])
+        back = at[:, None] - at
+        mask = (back >= 0) & (back < (window or len(at)))
+        parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True))
+    expected = torch.cat(parts, dim=2).transpose(1, 2)
+    torch.testing.assert_close(got, expected)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for result in (got, expected):
+        (result * weights).sum().backward()
+    for ours, theirs in zip(packed, alone, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_each_token_has_one_place_and_a_fifth_at_most_of_a_block_is_padding() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = np.exp(rng.normal(4, 1, rng.integers(1, 60))).astype(int) + 1
+        found = blocks(positions_of(lengths.tolist()), CPU)["blocks"]
+        assert sorted(found.tokens[~found.padding].tolist()) == list(range(lengths.sum()))
+        assert found.tokens[found.places].tolist() == list(range(lengths.sum()))
+        assert sum(num for num, _ in found.shapes) == len(lengths)
+        sizes = [num * width for num, width in found.shapes]
+        for padding in found.padding.split(sizes):
+            assert padding.float().mean() <= 1 - LIKE
+
+
+def test_what_a_model_asks_of_its_attention_beyond_this_is_refused() -> None:
+    q, k, v = random_states(3)
+    layout = blocks(positions_of([3]), CPU)
+    with pytest.raises(ValueError, match=r"^model\.attention: takes sdpa, for SimpleNamespace asks for softcap$"):
+        packed_sdpa(MODULE, q, k, v, None, **layout, softcap=30.0)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"takes sdpa, for SimpleNamespace asks for a mask$"):
+        packed_sdpa(MODULE, q, k, v, mask, **layout)
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="got varlen, takes packed_sdpa: SimpleNamespace has values of another size"):
+        varlen(MODULE, q, k, v[..., :4], None, cu_seq_lens_q=bounds, max_length_q=3)
