@@ -72,7 +72,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check_attention(self) -> Self:
         if self.dtype == "float32" and self.attention in FLASH:
-            raise ValueError(f"model.attention: got {self.attention}, takes packed_sdpa where model.dtype is float32")
+            raise ValueError(
+                f"model.attention: got {self.attention}, takes auto, packed_sdpa or sdpa where model.dtype is float32"
+            )
         return self
 
     def attention_on(self, device: str) -> str:
@@ -215,7 +217,8 @@ class RolloutConfig(Section):
     """Close thinking after that many equal consecutive steps; null never does."""
     in_flight_updates: bool = True
     """Change weights while trajectories are decoded, which go on under the new ones. `false`: once those that are being
-    decoded have ended, while no others begin, so that each is of one version; engines are partly idle meanwhile."""
+    decoded have ended, while no others begin, so that each is of one version; engines are partly idle meanwhile, and
+    the learner where it waits for an evaluation to begin."""
 
 
 class EngineConfig(Section):
@@ -448,7 +451,8 @@ class RunConfig(Section):
         if self.cluster.device == "cpu":
             if self.model.attention in FLASH:
                 raise ValueError(
-                    f"model.attention: got {self.model.attention}, takes packed_sdpa where cluster.device is cpu"
+                    f"model.attention: got {self.model.attention}, takes auto, packed_sdpa or sdpa where "
+                    "cluster.device is cpu"
                 )
             if self.model.liger:
                 raise ValueError("model.liger: got true, takes false where cluster.device is cpu")

@@ -248,9 +248,10 @@ def explain(config: Config, gpu_memory: float = 80.0, gpus_per_node: int = 8) ->
     rollout, kv_bytes = _rollout_memory(config, shape, width, gpu_memory * GB)
     kv_tokens = int(kv_bytes // shape.kv_bytes(width))
     trajectories = tr.prompts_per_batch * ro.group_size
-    # Two versions may lie in the store: the newest, and the one before it until the last worker has fetched it; that
-    # one perhaps with its differences, which together are smaller than it.
-    versions = 2 if lrn.full_every == 1 else 3
+    # Two versions may lie in the store: the newest, and the one before it until the last worker has loaded it; that
+    # one perhaps with its differences, which together are smaller than it. A worker that waits for its trajectories
+    # to end keeps the one that it waits with.
+    versions = (2 if lrn.full_every == 1 else 3) + (not ro.in_flight_updates and tr.max_staleness > 1)
     waiting = (1 + tr.max_staleness) * trajectories * longest * TRAJECTORY_BYTES
     bundles = all_bundles(config)
     draft = Plan(

@@ -276,13 +276,14 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
 
-    before = os.environ.pop(ADDRESS, None)  # Ray prefers it to any argument
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = address  # which Ray prefers to its other variable, and that to any argument
     try:
         url = urlsplit(address if "://" in address else f"//{address}")
         if url.hostname and url.port:  # knock first: Ray itself waits for minutes
             socket.create_connection((url.hostname, url.port), timeout=5).close()
         headers = json.loads(os.environ.get("RAY_JOB_HEADERS", "null"))  # as `ray job` has it
-        return JobSubmissionClient(address, headers=headers)
+        return JobSubmissionClient(headers=headers)
     except AuthenticationError as e:
         if AUTH_MODE not in os.environ and _take_token():
             return connect(address)
@@ -296,7 +297,9 @@ def connect(address: str) -> JobSubmissionClient:
             "start --head`, name another, or forward its port (Kubernetes: kubectl port-forward svc/NAME-head-svc 8265)"
         ) from None
     finally:
-        if before is not None:
+        if before is None:
+            os.environ.pop(ADDRESS, None)
+        else:
             os.environ[ADDRESS] = before
 
 

@@ -14,7 +14,8 @@
 
 In flight: draws the ledger has admitted. What waits for what: admission for a worker's place and version (woken by a
 finished rollout, a closed batch or a loaded version); the learner for the next batch's draws to settle (woken by
-`settle`); a worker's `load` for an evaluation's end.
+`settle`); a worker's `load` for an evaluation's end and, without `rollout.in_flight_updates`, for that of its
+trajectories; an evaluation for the newest weights.
 """
 
 from __future__ import annotations
@@ -861,7 +862,8 @@ class Loop:
         task = self._tasks.create_task(background())
         self._evaluating.add(task)
         task.add_done_callback(self._evaluating.discard)
-        await entered.wait()
+        async with self._waiting("the workers to have the weights that are evaluated"):
+            await entered.wait()
 
     async def _evaluate_phase(self, name: str, title: str) -> Answers | None:
         prompts = self.held_out[: self.config.eval.num_prompts]

@@ -105,7 +105,7 @@ def scores_and_norm(path: str, model: dict[str, Any], config: dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def exact(fresh: Fresh, models: list[str]) -> tuple[np.ndarray, float]:
-    return fresh(scores_and_norm, models[0], {"dtype": "float32"}, {})
+    return fresh(scores_and_norm, models[0], {"dtype": "float32", "attention": "sdpa"}, {})
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,8 @@ def exact(fresh: Fresh, models: list[str]) -> tuple[np.ndarray, float]:
         ({}, {"gradient_checkpointing": True}),
         ({}, {"offload_optimizer": True}),
         ({"attention": "sdpa"}, {}),
+        ({"attention": "packed_sdpa"}, {}),
+        ({"dtype": "float32"}, {}),
         ({"liger": True}, {}),
     ],
     ids=str,

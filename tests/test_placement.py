@@ -105,6 +105,7 @@ def test_a_run_lies_as_printed_takes_a_node_that_comes_and_leaves_one_that_is_dr
         "eval.every=0",
         "rollout.workers={min: 1, max: 2}",
         "rollout.group_size=4",
+        "rollout.in_flight_updates=false",
         "engine.kv_cache_mb=64",
         "learner.num_ranks=2",
         "learner.schedule=constant",
@@ -159,6 +160,9 @@ def test_a_run_lies_as_printed_takes_a_node_that_comes_and_leaves_one_that_is_dr
         process.terminate()
         process.wait(SECONDS)
     assert not event("death"), lines("events")
+    stale = [x["staleness/max"] for x in lines("metrics")]
+    assert max(stale) == 1, "no weights came while trajectories were decoded"
+    assert {x["staleness/mixed"] for x in lines("metrics")} == {0}
     printed = [line.strip() for line in screen.read_text().splitlines() if line.startswith("  node ")]
     planned = plan(load(Config, CONFIGS / "quickstart.yaml", settings), [{"CPU": 2}] * 2)
     assert planned is not None

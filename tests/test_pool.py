@@ -430,7 +430,6 @@ def test_a_run_survives_a_dead_engine_a_hung_engine_and_a_dead_worker(
             *INPUTS,
             "rollout.workers=2",
             "rollout.health_seconds=8",
-            "rollout.in_flight_updates=false",
             "rollout.group_size=4",
             "engine.kv_cache_mb=64",
             "engine.max_num_seqs=16",
@@ -473,6 +472,5 @@ def test_a_run_survives_a_dead_engine_a_hung_engine_and_a_dead_worker(
     assert any("no answer within 8 s" in r for r in reasons), reasons
     metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["workers/deaths"] == 3
-    assert {x["staleness/mixed"] for x in metrics} == {0} and {x["probe/stale"] for x in metrics} == {0}
     assert screen.getvalue().count("is lost: ") == 3
     assert not titled(descendants(), "VLLM::EngineCore"), "an engine survived"

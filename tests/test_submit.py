@@ -297,7 +297,9 @@ def test_without_its_token_a_cluster_says_what_to_set(project: Path, head: Head)
 
 def test_a_token_that_is_there_is_used_without_being_asked_for(head: Head) -> None:
     code = f"from stepgrpo import submit; submit.connect({head.address!r}); print(submit._reaching('x'))"
-    status, output = head.result("env", "-u", "RAY_AUTH_MODE", sys.executable, "-c", code)
+    # What is named wins over what Ray's other variable says.
+    elsewhere = ["-u", "RAY_AUTH_MODE", "RAY_ADDRESS=http://127.0.0.1:1"]
+    status, output = head.result("env", *elsewhere, sys.executable, "-c", code)
     assert (status, output) == (0, f"{ADDRESS}=x RAY_AUTH_MODE=token\n"), output
 
 

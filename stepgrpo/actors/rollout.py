@@ -136,6 +136,7 @@ class Places:
     @asynccontextmanager
     async def empty(self) -> AsyncIterator[None]:
         """Wait until nobody has one, and give none away until the block ends."""
+        assert not self._closed, "whoever came first would let the others in"
         self._closed = True
         try:
             self._emptied.clear()

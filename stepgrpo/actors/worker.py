@@ -126,17 +126,18 @@ class RolloutWorker:
         return paused
 
     async def _load(self, weights: WeightVersion) -> float:
-        while True:
-            # Nodes begin with different ranks, so that they do not all pull from the same one first.
-            await asyncio.to_thread(
-                self._shared.store, weights.version, weights.manifests, partial(_fetch, weights), first=self._index
-            )
-            try:
-                async with nullcontext() if self._config.rollout.in_flight_updates else self._places.empty():
+        # Nodes begin with different ranks, so that they do not all pull from the same one first.
+        store = partial(
+            self._shared.store, weights.version, weights.manifests, partial(_fetch, weights), first=self._index
+        )
+        await asyncio.to_thread(store)
+        async with nullcontext() if self._config.rollout.in_flight_updates else self._places.empty():
+            while True:
+                try:
                     with self._shared.reading(weights.version) as (path, table):
                         return await self._engine.load(weights.version, path, table)
-            except WeightsError:
-                continue  # other workers of the node have stored two newer versions since
+                except WeightsError:  # other workers of the node have stored two newer versions since
+                    await asyncio.to_thread(store)
 
     async def sleep(self) -> None:
         """Leave the GPU to the learner. Nothing may be in flight."""

@@ -17,16 +17,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-LIKE = 0.8
-"""The shortest sequence of a block is at least that much of its longest: of its places, a fifth at most is padding."""
+SHORTEST = 0.8
+"""Of a block's longest sequence, so much is its shortest at least: a fifth of its places at most is padding."""
 UNKNOWN = ("s_aux", "softcap", "position_bias")
 """What some models ask of their attention, and would go without unnoticed."""
+DONE_TO_LOGITS = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "lm_head_multiplier": 1.0,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+}
+"""Settings of models -> the value that does nothing."""
 LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of transformer layers that know sequences apart."""
+
+
+def check_logits(config: PreTrainedConfig) -> None:
+    """Refuse a model whose logits are not what its head computes, nor its attention's what queries and keys give.
+
+    Raises:
+        ValueError: it caps or scales them.
+    """
+    done = [name for name, nothing in DONE_TO_LOGITS.items() if getattr(config, name, None) not in (None, nothing)]
+    if done:
+        raise ValueError(f"model.path: {config.model_type} has {', '.join(done)}, takes a model without")
 
 
 def check_packs(model: PreTrainedModel) -> None:
@@ -153,7 +172,7 @@ def blocks(position_ids: NDArray, device: torch.device) -> dict[str, Any]:
     shapes, tokens, padding = [], [], []
     while len(order):
         width = int(lengths[order[0]])
-        num = int((lengths[order] >= LIKE * width).sum())
+        num = int((lengths[order] >= SHORTEST * width).sum())
         members, order = order[:num, None], order[num:]
         place = np.arange(width)
         shapes.append((num, width))
@@ -171,14 +190,14 @@ class _Move(torch.autograd.Function):
     none that has one, and nobody reads what it sees."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, source: Tensor, target: Tensor, padding: Tensor | None) -> Tensor:
-        ctx.save_for_backward(target, padding)
-        return states.index_select(0, source)
+    def forward(ctx: Any, states: Tensor, there: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, padding)
+        return states.index_select(0, there)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        target, padding = ctx.saved_tensors
-        gradient = gradient.index_select(0, target)
+        back, padding = ctx.saved_tensors
+        gradient = gradient.index_select(0, back)
         if padding is not None:
             gradient = gradient.masked_fill_(padding[:, None, None], 0)
         return gradient, None, None, None
@@ -196,7 +215,7 @@ def packed_sdpa(
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence, by PyTorch's scaled dot product attention.
+    """Causal attention within each sequence, by PyTorch's scaled dot product attention. No dropout: rollouts have none.
 
     Args:
         query, key, value: [B, heads, L, D]; keys and values may have fewer heads.
@@ -223,15 +242,15 @@ def _window(width: int, sliding_window: int | None, device: torch.device) -> Ten
     """[width, width] what a sequence's tokens see; None: all before them."""
     if sliding_window is None or width <= sliding_window:
         return None
-    at = torch.arange(width, device=device)
-    back = at[:, None] - at
-    return (back >= 0) & (back < sliding_window)
+    return torch.ones(width, width, dtype=torch.bool, device=device).tril().triu(1 - sliding_window)
 
 
 def _check_known(module: nn.Module, more: Mapping[str, Any], attention_mask: Tensor | None) -> None:
-    wanted = [name for name in UNKNOWN if more.get(name) is not None] + ["a mask"] * (attention_mask is not None)
-    if wanted:
-        raise ValueError(f"model.attention: takes sdpa, for {type(module).__name__} asks for {', '.join(wanted)}")
+    kind = type(module).__name__
+    if wanted := [name for name in UNKNOWN if more.get(name) is not None]:
+        raise ValueError(f"model.path: {kind} asks its attention for {', '.join(wanted)}, takes a model that does not")
+    if attention_mask is not None:
+        raise ValueError(f"model.attention: takes sdpa with {kind}, which has a mask of its own")
 
 
 LAYOUTS: dict[str, Callable[[NDArray, torch.device], dict[str, Any]]] = {
@@ -241,6 +260,7 @@ LAYOUTS: dict[str, Callable[[NDArray, torch.device], dict[str, Any]]] = {
     "sdpa": lambda *_: {},
 }
 """What each attention must know of a micro-batch: position_ids [B, L] -> keyword arguments for a model's forward."""
-for name, attention in (("varlen", varlen), ("packed_sdpa", packed_sdpa)):
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, flash_attention_mask)  # none
+AttentionInterface.register("varlen", varlen)
+AttentionInterface.register("packed_sdpa", packed_sdpa)
+AttentionMaskInterface.register("varlen", flash_attention_mask)  # none
+AttentionMaskInterface.register("packed_sdpa", flash_attention_mask)

@@ -40,7 +40,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from stepgrpo.config import LearnerConfig, ModelConfig
 from stepgrpo.hub import copy_tokenizer
 from stepgrpo.learner import state
-from stepgrpo.learner.attention import LAYOUTS, check_packs
+from stepgrpo.learner.attention import LAYOUTS, check_logits, check_packs
 from stepgrpo.learner.batch import MicroBatch
 from stepgrpo.learner.loss import LossTokens, Sums
 from stepgrpo.types import FloatArray
@@ -180,7 +180,7 @@ class _Scorer(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, index: Tensor, targets: Tensor, layout: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        # use_cache=False and no attention mask: only then are packed sequences kept apart by their positions.
+        # No attention mask: packed sequences are kept apart by their ``layout``.
         states = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **layout)
         return self.model.get_output_embeddings()(states.last_hidden_state.flatten(0, 1)[index], targets)
 
@@ -242,6 +242,7 @@ class LearnerEngine:
             lm = transformers.AutoModelForCausalLM.from_pretrained(
                 model.path, dtype=getattr(torch, model.dtype), attn_implementation=attention
             )
+            check_logits(lm.config)
             if model.packed_on(device):
                 check_packs(lm)
             if model.liger:
