@@ -70,6 +70,14 @@ class Ledger:
         worst = self.worst_batch()
         return worst < self._num_batches and worst - version <= self._max_staleness
 
+    def room(self, version: int) -> int:
+        """How many draws may start under weights ``version``, if all open groups are kept."""
+        self.worst_batch()
+        assert self._next is not None
+        batch, kept, used = self._next
+        later = min(version + self._max_staleness, self._num_batches - 1) - batch
+        return 0 if later < 0 else min(self._size - kept, self._max_used - used) + later * self._size
+
     def admit(self) -> int:
         """Take the next draw id."""
         draw = self._next_draw

@@ -226,19 +226,27 @@ class Loop:
         """Start draws for as long as a worker has room and the draw may meet its batch in time."""
         while True:
             self._wake.clear()
-            while self._start_one():
+            newest = self.weights.version if self.weights else 0
+            # Workers load new weights one after the other, and the first would take a whole batch.
+            draws = sum(len(s.draws) for s in self.pool.seats) + len(self._again) + self.ledger.room(newest)
+            share = math.ceil(draws / max(1, len(self.pool.seats)))
+            while self._start_one(newest, share):
                 pass
             await self._wake.wait()
 
-    def _start_one(self) -> bool:
-        """Give a worker a draw: one that must be sampled again, or else the next of the stream."""
-        newest = self.weights.version if self.weights else 0
+    def _start_one(self, newest: int, share: int) -> bool:
+        """Give a worker a draw: one that must be sampled again, or else the next of the stream.
+
+        Args:
+            newest: version of the weights.
+            share: draws that a worker works on at most.
+        """
         if not self._again and not self.ledger.may_admit(newest):
             return False  # before all workers are looked at
         earliest = min((a.version for a in self._again), default=math.inf)
         versions = {s.version for s in self.pool.seats}
         welcome = {v for v in versions if earliest <= v or self.ledger.may_admit(v)}
-        free = [s for s in self.pool.seats if s.has_room and s.version in welcome]
+        free = [s for s in self.pool.seats if s.has_room and len(s.draws) < share and s.version in welcome]
         seat = max(free, key=lambda s: (s.has_places, s.version, -len(s.draws)), default=None)
         if seat is None:
             return False

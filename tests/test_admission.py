@@ -17,10 +17,12 @@ def drive(seed, *, num_batches, size, staleness, refill_limit, filtered_share, l
     ledger = Ledger(num_batches=num_batches, prompts_per_batch=size, max_staleness=staleness, refill_limit=refill_limit)
     version, flying, started, batches = 0, [], {}, []
     while len(batches) < num_batches:
+        room, before = ledger.room(version), len(started)
         while ledger.may_admit(version):
             draw = ledger.admit()
             started[draw] = version
             flying.append(draw)
+        assert len(started) - before == room and ledger.room(version) == 0
         if flying:
             draw = flying.pop(rng.randrange(len(flying)))
             ledger.settle(draw, keep=rng.random() >= filtered_share)

@@ -48,6 +48,26 @@ def test_sampling_ahead_keeps_the_learner_busier_than_strictly_on_policy(tmp_pat
     assert idle[1] < idle[0]
 
 
+def test_the_first_worker_with_new_weights_leaves_the_others_their_share(tmp_path, monkeypatch):
+    """Workers load one after the other, because what they decode meanwhile differs."""
+    begun = {index: 0 for index in range(4)}
+    roll = simulate.Worker.roll
+
+    def counted(self, prompt):
+        begun[self.index] += 1
+        return roll(self, prompt)
+
+    monkeypatch.setattr(simulate.Worker, "roll", counted)
+    seconds = [
+        simulate.simulate(
+            simulate.setting(str(tmp_path), 4, 3, staleness, "train.num_batches=5"), simulate.long_tailed()
+        ).batch_seconds
+        for staleness in (0, 1)
+    ]
+    assert seconds[1] < 0.7 * seconds[0]
+    assert max(begun.values()) < 1.2 * min(begun.values())
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_groups_beyond_those_that_fit_whole_take_the_places_that_others_leave(tmp_path, monkeypatch, staleness):
     use, draws = [], []
