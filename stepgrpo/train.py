@@ -21,6 +21,7 @@ trajectories; an evaluation for the newest weights.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import json
 import math
 import time
@@ -226,39 +227,46 @@ class Loop:
         """Start draws for as long as a worker has room and the draw may meet its batch in time."""
         while True:
             self._wake.clear()
-            newest = self.weights.version if self.weights else 0
-            # Workers load new weights one after the other, and the first would take a whole batch.
-            draws = sum(len(s.draws) for s in self.pool.seats) + len(self._again) + self.ledger.room(newest)
-            share = math.ceil(draws / max(1, len(self.pool.seats)))
-            while self._start_one(newest, share):
-                pass
+            self._start()
             await self._wake.wait()
 
-    def _start_one(self, newest: int, share: int) -> bool:
-        """Give a worker a draw: one that must be sampled again, or else the next of the stream.
-
-        Args:
-            newest: version of the weights.
-            share: draws that a worker works on at most.
-        """
+    def _start(self) -> None:
+        """Give workers draws for as long as one has room and a draw may start there: one that begins at once before one
+        where it waits for places, then one with newer weights, then one with fewer draws."""
+        newest = self.weights.version if self.weights else 0
         if not self._again and not self.ledger.may_admit(newest):
-            return False  # before all workers are looked at
-        earliest = min((a.version for a in self._again), default=math.inf)
-        versions = {s.version for s in self.pool.seats}
-        welcome = {v for v in versions if earliest <= v or self.ledger.may_admit(v)}
-        free = [s for s in self.pool.seats if s.has_room and len(s.draws) < share and s.version in welcome]
-        seat = max(free, key=lambda s: (s.has_places, s.version, -len(s.draws)), default=None)
-        if seat is None:
-            return False
+            return  # before all workers are looked at
+        seats = self.pool.seats
+        draws = sum(len(s.draws) for s in seats) + len(self._again) + self.ledger.room(newest)
+        # Workers load new weights one after the other, and the first would take a whole batch.
+        share = math.ceil(draws / max(1, len(seats)))
+
+        def rank(i: int) -> tuple[bool, int, int, int]:
+            return not seats[i].has_places, -seats[i].version, len(seats[i].draws), i
+
+        free = [rank(i) for i, s in enumerate(seats) if s.has_room and len(s.draws) < share]
+        heapq.heapify(free)
+        while free:
+            seat = seats[i := free[0][-1]]
+            if self._start_on(seat) and seat.has_room and len(seat.draws) < share:
+                heapq.heapreplace(free, rank(i))
+            else:
+                heapq.heappop(free)
+
+    def _start_on(self, seat: Seat) -> bool:
+        """Give a worker a draw: one that must be sampled again, or else the next of the stream, if either may start on
+        its weights."""
         again = next((a for a in self._again if a.version <= seat.version), None)
         if again:
             self._again.remove(again)
             self._enter(again.draw, seat)
             again.seat.set_result(seat)
-            return True
-        draw = self.ledger.admit()
-        self._enter(draw, seat)
-        self._tasks.create_task(self._rollout(draw, seat))
+        elif self.ledger.may_admit(seat.version):
+            draw = self.ledger.admit()
+            self._enter(draw, seat)
+            self._tasks.create_task(self._rollout(draw, seat))
+        else:
+            return False
         return True
 
     async def _rollout(self, draw: int, seat: Seat | None) -> None:

@@ -128,17 +128,42 @@ class _Bin:
 def _first_fit(order: Sequence[int], lengths: Sequence[int], capacity: int, packed: bool) -> list[_Bin]:
     """Fill bins in the given (decreasing) order; unpacked bins come out as runs of neighbouring lengths."""
     bins: list[_Bin] = []
+    first = _FirstWithRoom(len(order), capacity) if packed else None
     for i in order:
         n = lengths[i]
-        for b in bins if packed else bins[-1:]:
-            added = n if packed else b.longest
-            if b.cost + added <= capacity:
-                b.items.append(i)
-                b.cost += added
-                break
+        if first is not None:
+            place = first.take(n)
         else:
-            bins.append(_Bin([i], n, n))
+            place = len(bins) - 1 if bins and bins[-1].cost + bins[-1].longest <= capacity else len(bins)
+        if place == len(bins):
+            bins.append(_Bin([], n, 0))
+        bins[place].items.append(i)
+        bins[place].cost += n if packed else bins[place].longest
     return bins
+
+
+class _FirstWithRoom:
+    """The first of many bins that has room, in logarithmic time: the driver plans for thousands of trajectories.
+
+    A binary tree: a node has the most room of the bins below it; node k's children are 2k and 2k + 1.
+    """
+
+    def __init__(self, num_bins: int, capacity: int) -> None:
+        self._num_leaves = 1 << max(0, num_bins - 1).bit_length()
+        self._room = [capacity] * (2 * self._num_leaves)
+
+    def take(self, amount: int) -> int:
+        """Take ``amount`` of the room of the first bin that has it; returns which one."""
+        room, node = self._room, 1
+        while node < self._num_leaves:
+            node *= 2
+            if room[node] < amount:
+                node += 1
+        place = node - self._num_leaves
+        room[node] -= amount
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
+        return place
 
 
 @dataclass(frozen=True, slots=True)

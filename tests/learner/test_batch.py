@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stepgrpo.learner.batch import Row, collate, make_plan, pair_sample, partition, sample_of
+from stepgrpo.learner.batch import Row, _first_fit, collate, make_plan, pair_sample, partition, sample_of
 from stepgrpo.types import Exit, GradedGroup, Trajectory, VersionSpan
 from tests.facts import facts
 
@@ -147,6 +147,20 @@ def test_there_are_as_few_micro_batches_as_any_arrangement_has(packed: bool):
         lengths = rng.integers(1, 10, 7).tolist()
         [share] = partition(lengths, num_ranks=1, budget_tokens=12, packed=packed)
         assert len(share) == fewest(lengths, 12)
+
+
+def test_a_row_goes_to_the_first_micro_batch_that_has_room():
+    rng = np.random.default_rng(3)
+    for size in (0, 1, 2, 3, 8, 9, 200):
+        lengths = sorted(rng.integers(1, 100, size).tolist(), reverse=True)
+        expected: list[list[int]] = []
+        for i, n in enumerate(lengths):
+            fits = (b for b in expected if sum(lengths[j] for j in b) + n <= 130)
+            if (first := next(fits, None)) is None:
+                expected.append(first := [])
+            first.append(i)
+        bins = _first_fit(range(size), lengths, 130, packed=True)
+        assert [(b.items, b.cost) for b in bins] == [(b, sum(lengths[i] for i in b)) for b in expected]
 
 
 def test_ranks_carry_about_the_same_load():
