@@ -48,8 +48,8 @@ class Ledger:
         self.batch = 0
         """Index of the batch that is being collected."""
 
-    def worst_batch(self) -> int:
-        """The latest batch the next draw can fall into.
+    def _worst(self) -> tuple[int, int, int]:
+        """The latest batch the next draw can fall into, and how many are kept and used before it there.
 
         A batch closes soonest, and pushes the next draw furthest back, when every group still open turns out to be
         kept; so the walk takes open draws for kept ones.
@@ -58,7 +58,7 @@ class Ledger:
             self._next = (self.batch, 0, 0)
             for fate in self._fates.values():
                 self._next = self._after(*self._next, kept=fate is not _Fate.FILTERED)
-        return self._next[0]
+        return self._next
 
     def _after(self, batch: int, kept_before: int, used_before: int, *, kept: bool) -> tuple[int, int, int]:
         """Where the walk stands after one more draw."""
@@ -67,14 +67,11 @@ class Ledger:
 
     def may_admit(self, version: int) -> bool:
         """Whether a draw may start on a worker that holds weights ``version``."""
-        worst = self.worst_batch()
-        return worst < self._num_batches and worst - version <= self._max_staleness
+        return self.room(version) > 0
 
     def room(self, version: int) -> int:
         """How many draws may start under weights ``version``, if all open groups are kept."""
-        self.worst_batch()
-        assert self._next is not None
-        batch, kept, used = self._next
+        batch, kept, used = self._worst()
         later = min(version + self._max_staleness, self._num_batches - 1) - batch
         return 0 if later < 0 else min(self._size - kept, self._max_used - used) + later * self._size
 

@@ -241,14 +241,17 @@ class Loop:
         # Workers load new weights one after the other, and the first would take a whole batch.
         share = math.ceil(draws / max(1, len(seats)))
 
+        def takes_more(seat: Seat) -> bool:
+            return seat.has_room and len(seat.draws) < share
+
         def rank(i: int) -> tuple[bool, int, int, int]:
             return not seats[i].has_places, -seats[i].version, len(seats[i].draws), i
 
-        free = [rank(i) for i, s in enumerate(seats) if s.has_room and len(s.draws) < share]
+        free = [rank(i) for i, s in enumerate(seats) if takes_more(s)]
         heapq.heapify(free)
         while free:
             seat = seats[i := free[0][-1]]
-            if self._start_on(seat) and seat.has_room and len(seat.draws) < share:
+            if self._start_on(seat) and takes_more(seat):
                 heapq.heapreplace(free, rank(i))
             else:
                 heapq.heappop(free)

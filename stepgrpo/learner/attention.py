@@ -154,14 +154,14 @@ class Blocks:
         return _Move.apply(states, self.places, self.tokens, self.padding)  # type: ignore[no-untyped-call]
 
 
-def blocks(position_ids: NDArray, device: torch.device) -> dict[str, Any]:
+def blocks_of(position_ids: NDArray, device: torch.device) -> dict[str, Any]:
     """What `packed_sdpa` takes: computed once on the host, for all layers.
 
     Args:
         position_ids: [B, L], beginning again at 0; padding on a row's right is of its sequence.
 
     >>> import numpy as np
-    >>> b = blocks(np.array([[0, 1, 0, 1, 2, 3, 4, 0, 1, 2, 3]]), torch.device("cpu"))["blocks"]
+    >>> b = blocks_of(np.array([[0, 1, 0, 1, 2, 3, 4, 0, 1, 2, 3]]), torch.device("cpu"))["blocks"]
     >>> b.shapes, b.tokens.tolist()
     (((2, 5), (1, 2)), [2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 0, 1])
     """
@@ -256,7 +256,7 @@ def _check_known(module: nn.Module, more: Mapping[str, Any], attention_mask: Ten
 LAYOUTS: dict[str, Callable[[NDArray, torch.device], dict[str, Any]]] = {
     "varlen": bounds,
     "flash_attention_2": bounds,
-    "packed_sdpa": blocks,
+    "packed_sdpa": blocks_of,
     "sdpa": lambda *_: {},
 }
 """What each attention must know of a micro-batch: position_ids [B, L] -> keyword arguments for a model's forward."""

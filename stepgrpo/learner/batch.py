@@ -121,24 +121,27 @@ def partition(lengths: Sequence[int], *, num_ranks: int, budget_tokens: int, pac
 @dataclass(slots=True)
 class _Bin:
     items: list[int]
-    longest: int
     cost: int
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], capacity: int, packed: bool) -> list[_Bin]:
     """Fill bins in the given (decreasing) order; unpacked bins come out as runs of neighbouring lengths."""
     bins: list[_Bin] = []
-    first = _FirstWithRoom(len(order), capacity) if packed else None
+    if not packed:
+        at = 0
+        while at < len(order):
+            longest = lengths[order[at]]
+            items = [*order[at : at + capacity // longest]]
+            bins.append(_Bin(items, len(items) * longest))
+            at += len(items)
+        return bins
+    first = _FirstWithRoom(len(order), capacity)
     for i in order:
-        n = lengths[i]
-        if first is not None:
-            place = first.take(n)
-        else:
-            place = len(bins) - 1 if bins and bins[-1].cost + bins[-1].longest <= capacity else len(bins)
+        place = first.take(lengths[i])
         if place == len(bins):
-            bins.append(_Bin([], n, 0))
+            bins.append(_Bin([], 0))
         bins[place].items.append(i)
-        bins[place].cost += n if packed else bins[place].longest
+        bins[place].cost += lengths[i]
     return bins
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Gemma2Config, GraniteConfig
 
-from stepgrpo.learner.attention import SHORTEST, blocks, check_logits, packed_sdpa, varlen
+from stepgrpo.learner.attention import SHORTEST, blocks_of, check_logits, packed_sdpa, varlen
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -35,7 +35,7 @@ def test_values_and_gradients_are_those_of_each_sequence_alone(
     lengths: list[int], window: int | None, value_size: int
 ) -> None:
     packed, alone = (random_states(sum(lengths), value_size) for _ in range(2))
-    layout = blocks(positions_of(lengths), CPU)
+    layout = blocks_of(positions_of(lengths), CPU)
     got, _ = packed_sdpa(MODULE, *packed, None, **layout, scaling=0.3, sliding_window=window, dropout=0.0)
     parts = []
     for q, k, v in zip(*(s.split(lengths, dim=2) for s in alone), strict=True):
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_those_of_each_sequence_alone(
 def test_rows_of_their_own_are_sequences_too() -> None:
     """[B, L], as a plan of padded rows has them: the padding on the right is of the row's sequence."""
     rows = [s.unflatten(2, (3, 4)).squeeze(0).transpose(0, 1) for s in random_states(12)]
-    got, _ = packed_sdpa(MODULE, *rows, None, **blocks(np.tile(np.arange(4), (3, 1)), CPU))
+    got, _ = packed_sdpa(MODULE, *rows, None, **blocks_of(np.tile(np.arange(4), (3, 1)), CPU))
     expected = scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(got, expected)
 
@@ -64,7 +64,7 @@ def test_each_token_has_one_place_and_a_fifth_at_most_of_a_block_is_padding() ->
     rng = np.random.default_rng(0)
     for _ in range(50):
         lengths = np.exp(rng.normal(4, 1, rng.integers(1, 60))).astype(int) + 1
-        found = blocks(positions_of(lengths.tolist()), CPU)["blocks"]
+        found = blocks_of(positions_of(lengths.tolist()), CPU)["blocks"]
         assert sorted(found.tokens[~found.padding].tolist()) == list(range(lengths.sum()))
         assert found.tokens[found.places].tolist() == list(range(lengths.sum()))
         assert sum(num for num, _ in found.shapes) == len(lengths)
@@ -75,7 +75,7 @@ def test_each_token_has_one_place_and_a_fifth_at_most_of_a_block_is_padding() ->
 
 def test_what_a_model_asks_of_its_attention_beyond_this_is_refused() -> None:
     q, k, v = random_states(3)
-    layout = blocks(positions_of([3]), CPU)
+    layout = blocks_of(positions_of([3]), CPU)
     with pytest.raises(ValueError, match=r"^model\.path: SimpleNamespace asks its attention for s_aux, takes a model"):
         packed_sdpa(MODULE, q, k, v, None, **layout, s_aux=torch.zeros(HEADS))
     mask = torch.ones(3, 3, dtype=torch.bool)
