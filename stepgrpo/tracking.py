@@ -93,12 +93,15 @@ class Tracker:
 
     def _serve(self) -> None:
         try:
+            import wandb
+
             run = self._begin()
             while (item := self._queue.get()) is not None:
                 values, update = item
                 run.log(values(), step=update)
             run.finish()
-        except Exception as e:
+            wandb.teardown()  # finish() returns while the last of an offline run's file is still being written
+        except (Exception, SystemExit) as e:  # teardown() exits where its process failed
             self._lose(f"{type(e).__name__}: {brief(e, 120)}")
 
     def _begin(self) -> Any:
@@ -147,5 +150,5 @@ class Tracker:
                     process.kill()
         import wandb
 
-        with suppress(Exception):  # nobody is left to say goodbye to
+        with suppress(Exception, SystemExit):  # nobody is left to say goodbye to
             wandb.teardown()

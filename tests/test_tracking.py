@@ -6,14 +6,17 @@ import json
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.lib import wbauth
+from wandb.sdk.lib.service.service_connection import ServiceConnection
 
 from stepgrpo import run
 from stepgrpo.config import Config, ConfigError, load
@@ -117,6 +120,24 @@ def test_project_group_and_settings_are_the_runs(tracked: Path) -> None:
     assert (found.project, found.run_group, found.display_name) == ("sums", "deer", "run")
     settings = {item.key: json.loads(item.value_json) for item in found.config.update}
     assert settings["train"]["prompts_per_batch"] == 4
+
+
+def test_the_end_of_a_run_waits_until_the_last_figure_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = ServiceConnection.inform_finish
+
+    def late(connection: ServiceConnection, run_id: str) -> None:
+        (core,) = (p for p in psutil.Process().children() if p.name() == "wandb-core")
+        core.suspend()
+        threading.Timer(1.0, core.resume).start()
+        finish(connection, run_id)
+
+    monkeypatch.setattr(ServiceConnection, "inform_finish", late)
+    config = config_of(tmp_path)
+    with RunLog(config.run_dir, Tracker(config, pytest.fail)) as log:
+        log.write({"update": 1, "reward/mean": 0.5})
+    assert [row["update"] for row in rows(tmp_path)] == [1]
 
 
 def test_online_without_a_key_is_refused_before_anything_starts(
