@@ -29,7 +29,7 @@ class ConfigError(ValueError):
     """A setting the user must change. The message names the field, what it got and what it takes."""
 
 
-def brief(error: Exception, limit: int = 160) -> str:
+def brief(error: BaseException, limit: int = 160) -> str:
     """A library's message as the part of a line."""
     return masked(" ".join(str(error).split()))[:limit]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgrpo.tracking import CLOSE_SECONDS, HURRIED_CLOSE_SECONDS, Tracker
+from stepgrpo.tracking import Tracker
 from stepgrpo.types import Exit, GradedGroup, TrajectoryFacts, Verdict
 
 METRICS: dict[str, str] = {
@@ -250,7 +250,7 @@ class RunLog:
         """``patient``: wait until all is uploaded; a run that ends early has no time for it."""
         self._file.close()
         if self._tracker:
-            self._tracker.close(CLOSE_SECONDS if patient else HURRIED_CLOSE_SECONDS)
+            self._tracker.close(patient)
 
     def __enter__(self) -> Self:
         return self

@@ -80,8 +80,9 @@ class Tracker:
 
         self._put(table, update)
 
-    def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait so long until all is uploaded or, offline, written."""
+    def close(self, patient: bool = True) -> None:
+        """Wait until all is uploaded or, offline, written: a minute if `patient`, else only so long as a user would."""
+        seconds = CLOSE_SECONDS if patient else HURRIED_CLOSE_SECONDS
         self._queue.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():

@@ -198,7 +198,7 @@ def losing(directory: Path, what: str, *overrides: str, **environment: str) -> s
 @pytest.mark.parametrize("what", ["kill", "suspend"])
 def test_a_run_survives_the_death_of_wandb_and_ends(tmp_path: Path, what: str) -> None:
     said = losing(tmp_path, what).splitlines()
-    assert said[0].startswith("Weights & Biases is given up (") and said[1] == "done"
+    assert said[0].startswith("Weights & Biases is given up (") and "done" in said  # wandb may complain in between
 
 
 def test_without_a_network_an_online_run_is_recorded_offline(tmp_path: Path) -> None:
