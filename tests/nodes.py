@@ -22,6 +22,7 @@ def cluster_of(**head: object) -> Iterator[Cluster]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_TMPDIR", directory)
             patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            patch.setenv("RAY_health_check_period_ms", "1000")  # a killed node is missed in 5 s, not 15
             nodes = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head})
             try:
                 yield nodes

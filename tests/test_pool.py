@@ -110,7 +110,7 @@ def add_node(cluster: Cluster) -> Iterator[Callable[[], Any]]:
     yield add
     for node in added:
         with suppress(Exception):
-            cluster.remove_node(node, allow_graceful=False)
+            cluster.remove_node(node)  # in good order: a killed one would be given work until it is missed
 
 
 @asynccontextmanager
