@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from stepgrpo.actors.forking import ForkingContext, import_ahead
+from stepgrpo.actors.forking import ForkingContext, call_forked, import_ahead
 from stepgrpo.actors.rollout import Chunk, Sampling
 from stepgrpo.config import EngineConfig, ModelConfig
 from stepgrpo.weights import Table
@@ -118,7 +118,7 @@ class VllmEngine:
         args = engine_args(
             path, model, config, device=device, max_model_len=max_model_len, seed=seed, sleeps=self._sleeps
         )
-        with nullcontext() if SPAWNS else _forked_processes():
+        with nullcontext() if SPAWNS else _forked():
             self._llm: Any = AsyncLLM.from_engine_args(args, stat_loggers=[_stat_logger(record)] if record else None)
         self._processes = set(multiprocessing.active_children()) - others
         enable_envs_cache()  # vLLM looks settings up for each array that it decodes: 5 % of this process's time
@@ -311,22 +311,26 @@ def _libraries(package: str, pattern: str) -> list[str]:
 
 
 @contextmanager
-def _forked_processes() -> Iterator[None]:
-    """vLLM starts its engine's process from this process's fork server. It has no setting for that, but means to: the
-    server of its own API names `forkserver`, which its settings refuse."""
+def _forked() -> Iterator[None]:
+    """What vLLM starts, it starts from this process's fork server: its engine, and before that, where its cache does
+    not know the model's class yet, a process that looks at it, which else would import all of vLLM for that.
+
+    It has no setting for either, but means to: the server of its own API names `forkserver`, which its settings refuse.
+    """
+    from vllm.model_executor.models import registry
     from vllm.v1.engine import utils
 
-    spawned = utils.get_mp_context
+    spawned, inspected = utils.get_mp_context, registry._run_in_subprocess
 
     def forking() -> Any:
         spawned()  # what it sets in the environment, for the processes of that process, holds
         return ForkingContext()
 
-    utils.get_mp_context = forking
+    utils.get_mp_context, registry._run_in_subprocess = forking, call_forked
     try:
         yield
     finally:
-        utils.get_mp_context = spawned
+        utils.get_mp_context, registry._run_in_subprocess = spawned, inspected
 
 
 def engine_args(

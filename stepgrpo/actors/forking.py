@@ -11,9 +11,15 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import cloudpickle
+
+T = TypeVar("T")
 
 
 def import_ahead(modules: Sequence[str], environment: Mapping[str, str], directory: str | None = None) -> None:
@@ -46,15 +52,34 @@ class ForkingContext(ForkServerContext):
     """Of ``multiprocessing``: its processes have the environment of the moment in which they were made over the fork
     server's own, and die with the process that made them, however that ends, of which they are no children."""
 
-    def Process(self, *, target: Callable[..., object], name: str, kwargs: Mapping[str, Any]) -> ForkServerProcess:  # type: ignore[override]
-        return ForkServerProcess(target=_begin, name=name, args=(dict(os.environ), target, kwargs))
+    def Process(  # type: ignore[override]
+        self,
+        *,
+        target: Callable[..., object],
+        name: str | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> ForkServerProcess:
+        return ForkServerProcess(target=_begin, name=name, args=(dict(os.environ), target, args, dict(kwargs)))
 
 
-def _begin(environment: Mapping[str, str], target: Callable[..., object], kwargs: Mapping[str, Any]) -> None:
+def call_forked(function: Callable[[], T]) -> T:
+    """Call it, also a lambda, in a process of its own that begins with the imports done."""
+    with ProcessPoolExecutor(1, mp_context=ForkingContext()) as process:
+        return process.submit(_call, cloudpickle.dumps(function)).result()
+
+
+def _call(function: bytes) -> Any:
+    return cloudpickle.loads(function)()
+
+
+def _begin(
+    environment: Mapping[str, str], target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
     # What is set already stays where it lies in memory, by which a process's title is found.
     os.environ.update({k: v for k, v in environment.items() if os.environ.get(k) != v})
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    target(**kwargs)
+    target(*args, **kwargs)
 
 
 def _die_with_parent() -> None:

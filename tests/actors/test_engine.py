@@ -13,7 +13,7 @@ import pytest_asyncio
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from stepgrpo.actors.engine import CPU_ENV, EngineDied, VllmEngine, engine_args
+from stepgrpo.actors.engine import CPU_ENV, EngineDied, VllmEngine, _forked, engine_args
 from stepgrpo.actors.rollout import Chunk, Sampling
 from stepgrpo.config import EngineConfig, ModelConfig
 from stepgrpo.weights import Piece, SharedWeights, pack
@@ -85,6 +85,7 @@ async def served() -> AsyncIterator[Served]:
     environment = dict(os.environ)
     os.environ.update(CPU_ENV)
     with tempfile.TemporaryDirectory(prefix="stepgrpo-test-", dir="/dev/shm") as directory:
+        os.environ["VLLM_CACHE_ROOT"] = directory  # as on a machine on which vLLM never ran
         path = Path(directory, "model")
         initial = random_model(0)
         initial.save_pretrained(path)
@@ -165,6 +166,18 @@ async def test_a_tensor_parallel_engine_keeps_its_workers_to_itself_instead_of_a
         seed=0,
     )
     assert args.distributed_executor_backend == "mp"
+
+
+async def test_a_class_new_to_vllms_cache_is_looked_at_by_a_process_that_has_imported_vllm(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_SUBPROCESS_COMMAND", ["false"])  # which vLLM would run, to import all over again
+    model = registry.ModelRegistry.models["Qwen3ForCausalLM"]
+    monkeypatch.setattr(type(model), "_load_modelinfo_from_cache", lambda self, module_hash: None)
+    with _forked():
+        assert model.inspect_model_cls().architecture == "Qwen3ForCausalLM"
 
 
 async def test_greedy_output_is_that_of_the_hf_model(served: Served) -> None:

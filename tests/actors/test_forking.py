@@ -15,7 +15,7 @@ import psutil
 PROGRAM = textwrap.dedent("""
     import json, os, sys, time
     from pathlib import Path
-    from stepgrpo.actors.forking import ForkingContext, import_ahead
+    from stepgrpo.actors.forking import ForkingContext, call_forked, import_ahead
 
     def begin(told):
         found = {name: os.environ.get(name) for name in ("AHEAD", "LATER", "REPLACED")}
@@ -28,6 +28,13 @@ PROGRAM = textwrap.dedent("""
         import_ahead(["no_such_module", "wave"], {"AHEAD": "1"})
         assert "wave" not in sys.modules and "AHEAD" not in os.environ
         os.environ |= {"LATER": "2", "REPLACED": "new"}
+        maker = os.getpid()
+        found = call_forked(lambda: (os.environ["LATER"], "wave" in sys.modules, os.getpid() != maker))
+        assert found == ("2", True, True)
+        try:
+            call_forked(lambda: {}["nothing"])
+        except KeyError as e:
+            assert str(e) == "'nothing'"
         process = ForkingContext().Process(target=begin, name="worker", kwargs={"told": sys.argv[1]})
         process.start()
         process.join()
