@@ -7,6 +7,7 @@ groups in DRAW order, never in order of arrival, which would favour short answer
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -119,10 +120,19 @@ class Ledger:
         fates = [[draw, fate.name] for draw, fate in self._fates.items()]
         return {"batch": self.batch, "next_draw": self._next_draw, "fates": fates}
 
-    def restore(self, state: dict[str, Any]) -> list[int]:
-        """Go on from ``state``; returns the open draws, which have to be sampled again."""
+    def restore(self, state: dict[str, Any], finished: Container[int]) -> list[int]:
+        """Go on from ``state``.
+
+        Args:
+            finished: draws whose groups are there; one that had settled, but whose group went away, is open again.
+
+        Returns:
+            The open draws, which have to be sampled again.
+        """
         self.batch, self._next_draw = state["batch"], state["next_draw"]
-        self._fates, self._next = {draw: _Fate[name] for draw, name in state["fates"]}, None
+        self._fates, self._next = {}, None
+        for draw, name in state["fates"]:
+            self._fates[draw] = _Fate[name] if draw in finished else _Fate.OPEN
         return [draw for draw, fate in self._fates.items() if fate is _Fate.OPEN]
 
     @property

@@ -10,14 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError
-
 from stepgrpo import launch
 from stepgrpo.config import Config, RunConfig, SftConfig
 from stepgrpo.console import Display
 from stepgrpo.launch import together
 from stepgrpo.placement import half, learner_bundles, rollout_bundles, shared_bundles
-from stepgrpo.pool import Pool, root_cause
+from stepgrpo.pool import DEAD, Pool, root_cause
 from stepgrpo.watchdog import Stuck, waiting
 
 # An interrupted run is over within ten seconds: this, the closing and Ray's own end.
@@ -99,7 +97,7 @@ async def saved(
     except BaseException as e:
         interrupted = isinstance(e, asyncio.CancelledError)
         # Ranks that are dead or stuck save nothing; the run is started again from its checkpoint.
-        if has_learnt() and not isinstance(root_cause(e), RayActorError | Stuck):
+        if has_learnt() and not isinstance(root_cause(e), (*DEAD, Stuck)):
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(
                     SAVE_SECONDS_WHEN_INTERRUPTED if interrupted else SAVE_SECONDS_AFTER_A_FAILURE

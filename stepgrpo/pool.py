@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ray.exceptions import ObjectLostError, RayActorError, RayError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from stepgrpo import launch
 from stepgrpo.actors.engine import EngineDied
@@ -39,6 +39,9 @@ MAX_STRIKES = 3
 MAX_PAUSE_SECONDS = 60.0
 """Between two failed starts in one place."""
 CLOSE_SECONDS = 2.0
+
+DEAD = (RayActorError, OutOfMemoryError)
+"""What a call to a dead actor raises: the second where Ray's memory monitor killed it."""
 
 T = TypeVar("T")
 
@@ -304,7 +307,7 @@ class Pool:
             else:
                 self.lost(seat, f"{one_line(error)}, {seat.strikes} times in a row")
             return True
-        if isinstance(cause, RayActorError | EngineDied):
+        if isinstance(cause, (*DEAD, EngineDied)):
             self.lost(seat, one_line(error))
         return seat.lost
 

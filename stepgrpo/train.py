@@ -25,14 +25,12 @@ import heapq
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from ray.exceptions import RayActorError
 
 from stepgrpo import checkpoint, launch, metrics, placement, rundir
 from stepgrpo.admission import ClosedBatch, Ledger
@@ -42,7 +40,7 @@ from stepgrpo.data import PromptStream
 from stepgrpo.evaluate import Answers, Evaluation, decode, evaluation, shown
 from stepgrpo.launch import together
 from stepgrpo.learner.batch import Plan, joined, make_plan
-from stepgrpo.pool import Pool, Seat, TrainError, WorkersGone, is_lost, one_line, root_cause
+from stepgrpo.pool import DEAD, Pool, Seat, TrainError, WorkersGone, is_lost, one_line, root_cause
 from stepgrpo.recovery import Start
 from stepgrpo.reward.credit import advantages, has_signal
 from stepgrpo.reward.schemes import make_scheme
@@ -111,6 +109,8 @@ class Loop:
         self.settled: dict[int, Settled] = {}
         self._again: list[_Again] = []
         self.update = 0
+        self.update_of = {0: 0}
+        """By version of the weights."""
         self.exit_counts: list[metrics.ExitCounts] = []
         self.rollout_watch, self.eval_watch = metrics.TriggerWatch(window=20), metrics.TriggerWatch(window=1)
         self.row: dict[str, Any] = {}
@@ -119,7 +119,7 @@ class Loop:
         """Held-out accuracy by version of the weights."""
         self._saving: asyncio.Task[None] | None = None
         self._saving_batch = -1
-        self._trains, self._stopping, self._rests = False, False, asyncio.Event()
+        self._trains, self._stopping, self._rests = False, asyncio.Event(), asyncio.Event()
         self._evaluating: set[asyncio.Task[None]] = set()
         self._saved = {"time/checkpoint": math.nan, "checkpoint/bytes": math.nan, "checkpoint/failed": 0.0}
         self._waits: set[Callable[[], None]] = set()
@@ -171,13 +171,22 @@ class Loop:
             f"asked to end: it finishes its update and writes a checkpoint, for {seconds:g} s at most "
             "(checkpoint.stop_seconds); a second Ctrl-C ends it at once"
         )
-        self._stopping = True
+        self._stopping.set()
         self._closable.set()
         try:
             async with asyncio.timeout(seconds):
                 await self._rests.wait()
         except TimeoutError:
             self.display.warn("there was no time for a checkpoint: --resume goes on from the one before")
+
+    async def _unless_stopping(self, end: Coroutine[Any, Any, object]) -> None:
+        """Wait for it, or until the run is to end."""
+        tasks = [asyncio.create_task(end), asyncio.create_task(self._stopping.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _rest(self) -> None:
         """Between two batches, for good."""
@@ -212,8 +221,10 @@ class Loop:
                         last = await self._train_batch(batch, parts, waited, last)
                         self._learns = False
                         self._show(phase, started, done, index + 1)
-                        if self._eval_due(index + 1):
+                        if self._eval_due(index + 1) and not self._stopping.is_set():
                             await self._start_evaluation()
+                if self._saving:  # which a run that is asked to end now would cancel
+                    await self._saving
                 self._trains = False
                 self._rests.set()
                 feeder.cancel()
@@ -267,14 +278,14 @@ class Loop:
         elif self.ledger.may_admit(seat.version):
             draw = self.ledger.admit()
             self._enter(draw, seat)
-            self._tasks.create_task(self._rollout(draw, seat))
+            self._tasks.create_task(self._rollout(draw, seat.version, seat))
         else:
             return False
         return True
 
-    async def _rollout(self, draw: int, seat: Seat | None) -> None:
-        """Sample and grade one draw, and settle it. ``seat``: None: of any worker with the newest weights."""
-        settled = await self._sampled(draw, seat.version if seat else self.ledger.batch, seat)
+    async def _rollout(self, draw: int, version: int, seat: Seat | None = None) -> None:
+        """Sample and grade one draw, and settle it; arguments as of ``_sampled``."""
+        settled = await self._sampled(draw, version, seat)
         self.settled[draw] = settled
         signal = has_signal(self.scheme([settled.graded])[0])
         self.ledger.settle(draw, keep=not self.config.train.refill or signal)
@@ -294,7 +305,7 @@ class Loop:
                     graded = await self._ingest(draw, group)
                     self.pool.failures.reset()
                     return Settled(graded, group)
-            except (TrainError, RayActorError):
+            except (TrainError, *DEAD):
                 raise  # the rank that grades is dead: a worker's death is none of these (`blame`)
             except Exception as e:  # whatever the remote side raised: the draw must not get lost
                 if is_lost(e):
@@ -351,8 +362,8 @@ class Loop:
     # ---- learning
 
     async def _closed_batch(self) -> ClosedBatch:
-        while self._stopping or (batch := self.ledger.close()) is None:
-            if self._stopping:
+        while self._stopping.is_set() or (batch := self.ledger.close()) is None:
+            if self._stopping.is_set():
                 await self._rest()
             await self._another_group()
         self._wake.set()  # the next batch's draws have come one version closer
@@ -372,7 +383,7 @@ class Loop:
         """
         enough = len(self.ranks) * self.config.learner.micro_batch_tokens
         left, parts = set(self.ledger.due()), []
-        while left and not self._stopping:
+        while left and not self._stopping.is_set():
             here = [self.settled[d] for d in sorted(left & self.settled.keys())]
             if len(here) < len(left) and sum(f.total_len for s in here for f in s.graded.facts) < enough:
                 await self._another_group()
@@ -433,8 +444,9 @@ class Loop:
 
         async with self.learners_turn():
             start = time.monotonic()
-            what, num_tokens = f"the update on batch {batch.index}", plan.updates[0].num_loss_tokens
+            what = f"the update on batch {batch.index}"
             if parts:
+                num_tokens = plan.updates[0].num_loss_tokens
                 results = await self._on_ranks(what, lambda r: r.step.remote(batch.index, num_tokens))
             else:
                 results = await self._on_ranks(what, lambda r: r.update.remote(plan, refs))
@@ -582,6 +594,7 @@ class Loop:
         rundir.append_json(c.run_dir / "draws.jsonl", audit | {"trained": batch.kept, "filtered": batch.filtered})
         rundir.append_json(c.run_dir / "probes.jsonl", {"batch": batch.index, **metrics.probes_of(groups)})
         self.exit_counts.append(metrics.exit_counts(groups))
+        self.update_of[batch.index + 1] = self.update
 
     def _watch(self, finding: str | None, where: str) -> None:
         if finding:
@@ -714,7 +727,7 @@ class Loop:
     async def _raise_dead_rank(self, during: str = "rest") -> None:
         alive = await asyncio.gather(*(r.whereabouts.remote() for r in self.ranks), return_exceptions=True)
         for rank, answer in enumerate(alive):
-            if isinstance(answer, RayActorError):
+            if isinstance(answer, DEAD):
                 answer.add_note(f"learner rank {rank} died during {during}")
                 raise answer
 
@@ -722,7 +735,7 @@ class Loop:
         """Ask all ranks.
 
         Raises:
-            RayActorError: one is dead, whatever the others, which it left alone in a collective, complained about.
+            RayActorError, OutOfMemoryError: one is dead, whatever the others, which it left alone in a collective, say.
         """
         async with self._waiting(f"{what} on the learner's ranks"):
             try:
@@ -785,10 +798,10 @@ class Loop:
                 await asyncio.gather(*parts, return_exceptions=True)
                 files = [f for part in parts for f in await part]
                 if before:  # so that no evaluation of earlier weights is lost between two checkpoints
-                    await asyncio.wait(before)
+                    await self._unless_stopping(asyncio.wait(before))
                 manifest = await asyncio.to_thread(checkpoint.commit, c.checkpoint_place, name, state, files)
         except Exception as e:
-            if isinstance(root_cause(e), RayActorError | Stuck):
+            if isinstance(root_cause(e), (*DEAD, Stuck)):
                 raise
             self._saved["checkpoint/failed"] += 1
             self.display.warn(f"checkpoint {name} could not be written, and the run goes on: {one_line(e)}")
@@ -826,8 +839,8 @@ class Loop:
                 groups: dict[int, list[Any]] = await self.ranks[0].restore_groups.remote(place, s.name)
                 graded = await together(self._ingest(draw, ref) for draw, [ref] in groups.items())
             self.settled = {g.draw: Settled(g, ref) for g, [ref] in zip(graded, groups.values(), strict=True)}
-            again = self.ledger.restore(s.meta["ledger"])
-            self.update = update
+            again = self.ledger.restore(s.meta["ledger"], groups)
+            self.update = self.update_of[self.ledger.batch] = update
             self.exit_counts = [metrics.ExitCounts(*counts) for counts in s.meta["exits"]]
             for line in rundir.read_json_lines(c.run_dir / "metrics.jsonl"):
                 self.rollout_watch.see(line["rollout/steps"], line["rollout/tokens"])
@@ -837,7 +850,7 @@ class Loop:
             await self._publish(self.ledger.batch)
             phase.result = f"batch {self.ledger.batch}, {len(groups)} groups taken over, {len(again)} sampled again"
         for draw in again:
-            self._tasks.create_task(self._rollout(draw, None))
+            self._tasks.create_task(self._rollout(draw, self.ledger.batch))
         if self._eval_due(self.ledger.batch) and self.ledger.batch not in self.accuracy:
             await self._start_evaluation()
 
@@ -862,10 +875,13 @@ class Loop:
     @asynccontextmanager
     async def _frozen(self) -> AsyncIterator[list[Seat]]:
         """The workers that are up, on the newest version, and none loads another until the block ends."""
-        async with self.pool.held() as held:
-            await together(self._load_locked(s) for s in held)
-            newest = max(s.version for s in held)
-            yield [s for s in held if s.version == newest and not s.lost]
+        while True:
+            async with self.pool.held() as held:
+                await together(self._load_locked(s) for s in held)
+                newest = max(s.version for s in held)
+                if seats := [s for s in held if s.version == newest and not s.lost]:
+                    yield seats
+                    return
 
     async def _start_evaluation(self) -> None:
         """Evaluate in the background. Workers are held before this returns, so no later version slips in."""
@@ -882,7 +898,7 @@ class Loop:
         self._evaluating.add(task)
         task.add_done_callback(self._evaluating.discard)
         async with self._waiting("the workers to have the weights that are evaluated"):
-            await entered.wait()
+            await self._unless_stopping(entered.wait())
 
     async def _evaluate_phase(self, name: str, title: str) -> Answers | None:
         prompts = self.held_out[: self.config.eval.num_prompts]
@@ -897,7 +913,7 @@ class Loop:
         self, prompts: Sequence[Prompt], phase: Phase | None, entered: asyncio.Event | None = None
     ) -> tuple[Evaluation, list[GradedGroup]]:
         """``entered``: set once its workers are held."""
-        start, update = time.monotonic(), self.update  # training goes on meanwhile
+        start = time.monotonic()
         while True:
             async with self._frozen() as seats:
                 if entered:
@@ -923,7 +939,7 @@ class Loop:
         met = {v for g in groups for f in g.facts for v in (f.oldest_version, f.newest_version)}
         assert met == {version}, f"an evaluation of version {version} met {met}"
         result = evaluation(groups, version=version, seconds=time.monotonic() - start)
-        line = {"update": update, "restart": self.start.restart, **result.as_dict()}
+        line = {"update": self.update_of[version], "restart": self.start.restart, **result.as_dict()}
         if version not in self.accuracy:  # that of the end is made again where the end was cut off
             rundir.append_json(self.config.run_dir / "evaluations.jsonl", line)
         self.accuracy[version] = result.accuracy.mean

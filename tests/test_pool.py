@@ -344,6 +344,16 @@ async def test_a_call_goes_to_another_worker_when_its_own_dies(tmp_path: Path, a
             await pool.ask(call, among=[first])
 
 
+async def test_a_worker_that_rays_memory_monitor_killed_is_lost_and_its_draws_go_to_others(
+    tmp_path: Path, add_node
+) -> None:
+    add_node()
+    async with pool_of(tmp_path, 1, 1) as pool, pool.serving():
+        seat = pool.seats[0]
+        assert pool.blame(seat, ray.exceptions.OutOfMemoryError("the node was running low on memory"))
+        assert seat.lost and pool.failures.count == 1
+
+
 async def test_three_answers_of_garbage_in_a_row_replace_the_worker(tmp_path: Path, add_node) -> None:
     add_node()
     async with pool_of(tmp_path, 1, 1) as pool, pool.serving():

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import simulate
 
 from stepgrpo import pool
+from stepgrpo.rundir import read_json_lines
 
 
 def test_simulated_hours_pass_at_once_and_in_order():
@@ -37,6 +38,20 @@ def test_the_real_loop_trains_on_every_group_within_its_staleness(tmp_path, stal
     assert result.staleness_max == staleness
     assert result.groups == 5 * 3 * simulate.GROUPS_PER_WORKER
     assert 0 < result.engines_use < 1 and result.driver_us > 0
+
+
+def late(groups, config):
+    """A reward that tells no response of the first 20 draws from another."""
+    return [[float(g.draw >= 20 and i == 0) for i in range(len(g.facts))] for g in groups]
+
+
+def test_batches_without_any_signal_teach_nothing_and_the_run_goes_on(tmp_path):
+    refilled = ["train.refill=true", "train.refill_limit=2", "reward.scheme=tests.test_simulate:late"]
+    config = simulate.setting(str(tmp_path), 2, 1, 1, "train.num_batches=3", *refilled, groups=8)
+    simulate.simulate(config, simulate.long_tailed())
+    draws, lines = ([*read_json_lines(config.run_dir / name)] for name in ("draws.jsonl", "metrics.jsonl"))
+    assert [(len(d["trained"]), len(d["filtered"])) for d in draws] == [(0, 10), (0, 10), (8, 0)]
+    assert {line["batch"] for line in lines} == {2}
 
 
 def test_sampling_ahead_keeps_the_learner_busier_than_strictly_on_policy(tmp_path):

@@ -234,7 +234,7 @@ class Rollout:
 
         The first failure of a trajectory is raised, once every request of the group is closed.
         """
-        with _first_cause():
+        with first_cause():
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self.trajectory(prompt, i, plain=plain)) for i in range(group_size)]
         return Group(prompt, tuple(task.result() for task in running))
@@ -246,7 +246,7 @@ class Rollout:
 
 
 @contextmanager
-def _first_cause() -> Iterator[None]:
+def first_cause() -> Iterator[None]:
     """Raise what failed first in a task group, instead of a group of exceptions."""
     try:
         yield
@@ -379,7 +379,7 @@ class _Run:
 
     async def _think(self, sampling: Sampling) -> _Cut | None:
         """Think until it is decided how that ends; None where the response ended by itself."""
-        with _first_cause():
+        with first_cause():
             async with self.task_group:
                 self.tasks.append(self.task_group.create_task(self._follow(sampling)))
                 cut = await self.decided

@@ -15,10 +15,11 @@ import ray
 
 from stepgrpo.actors.describe import describe
 from stepgrpo.actors.engine import CPU_ENV, VllmEngine
-from stepgrpo.actors.rollout import Places, Rollout
+from stepgrpo.actors.rollout import Places, Rollout, first_cause
 from stepgrpo.actors.stats import EngineStats
 from stepgrpo.config import Config
 from stepgrpo.hub import checkpoint_files, eos_ids
+from stepgrpo.launch import together
 from stepgrpo.reward.graded import grade_group
 from stepgrpo.reward.outcome import make_grader
 from stepgrpo.spans import Spans
@@ -105,8 +106,9 @@ class RolloutWorker:
             graded = await grade_group(group, self._grader, rollout.step_rule, close, train_exit_tokens=False)
             return graded, describe(group, graded, rollout.codec, rollout.step_rule, close) if keep else None
 
-        with self._spans.span("evaluate", problems=len(prompts)):
-            return list(await asyncio.gather(*(one(p) for p in prompts)))
+        # After a failure nothing decodes on: the caller asks anew, or loads other weights.
+        with self._spans.span("evaluate", problems=len(prompts)), first_cause():
+            return await together(one(p) for p in prompts)
 
     async def describe(self, group: Sequence[Awaitable[Group]], graded: GradedGroup) -> dict[str, Any]:
         """A graded group for people. ``group``: a list of one reference, which Ray passes on without fetching."""

@@ -155,13 +155,8 @@ class LearnerWorker:
         """
         draws = sorted(plan.draws(self._rank))
         with self._spans.span("fetch", batch=plan.version):
-            found = await asyncio.gather(*(groups[d] for d in draws), return_exceptions=True)
-        self._fetched = {d: g for d, g in zip(draws, found, strict=True) if isinstance(g, Group)}
-        failed = {d: e for d, e in zip(draws, found, strict=True) if isinstance(e, BaseException)}
-        for e in failed.values():
-            if not isinstance(e, ObjectLostError):
-                raise e
-        return sorted(failed)
+            self._fetched, lost = await _found({d: groups[d] for d in draws})
+        return lost
 
     async def update(self, plan: Plan, groups: Mapping[int, Awaitable[Group]]) -> list[dict[str, float]]:
         """Train on one rollout batch.
@@ -327,8 +322,8 @@ class LearnerWorker:
         """Put this rank's files, with the state of the last ``snapshot``, into a checkpoint; the driver commits it.
 
         Args:
-            groups: draw -> reference, for the groups that are finished but not yet trained on: rank 0 writes them, the
-                others need none.
+            groups: draw -> reference, for the groups that are finished but not yet trained on: rank 0 writes them, but
+                for those that went away with their node; the others need none.
 
         Raises:
             OSError: as ``checkpoint.put`` does, on a full disk for example.
@@ -339,10 +334,9 @@ class LearnerWorker:
             entries = [await asyncio.to_thread(put, place, name, own, state.serialized(tensors, metadata))]
             del tensors  # three times the weights, which what follows need not hold
             if self._rank == 0:
-                fetched = await asyncio.gather(*(groups[d] for d in sorted(groups)))
-                entries.append(
-                    await asyncio.to_thread(lambda: put(place, name, groups_file.FILE, groups_file.dump(fetched)))
-                )
+                there, _ = await _found({d: groups[d] for d in sorted(groups)})
+                dumped = await asyncio.to_thread(groups_file.dump, list(there.values()))
+                entries.append(await asyncio.to_thread(put, place, name, groups_file.FILE, dumped))
             return entries
 
     async def restore(self, place: str, name: str, files: Sequence[str], num_updates: int) -> None:
@@ -393,3 +387,17 @@ class LearnerWorker:
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+
+async def _found(groups: Mapping[int, Awaitable[Group]]) -> tuple[dict[int, Group], list[int]]:
+    """Groups by draw, from their references, and the draws of those that were lost with their node."""
+    answers = await asyncio.gather(*groups.values(), return_exceptions=True)
+    there, lost = {}, []
+    for draw, answer in zip(groups, answers, strict=True):
+        if isinstance(answer, ObjectLostError):
+            lost.append(draw)
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            there[draw] = answer
+    return there, lost

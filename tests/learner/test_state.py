@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import ObjectLostError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -22,6 +23,7 @@ from stepgrpo.learner import state
 from stepgrpo.learner.batch import Sample, collate, partition
 from stepgrpo.learner.engine import LearnerEngine
 from stepgrpo.learner.loss import nll_loss
+from stepgrpo.types import Group
 from tests.learner import test_engine, test_worker
 from tests.learner.test_engine import Ranks, floats, make_samples, num_tokens
 from tests.learner.test_worker import config_of, grade, make_group, one_rank, plan_of, ready
@@ -293,6 +295,11 @@ def test_only_so_many_bad_updates_in_a_row_stop_the_run(model_dirs: dict[bool, s
 # ---- the worker
 
 
+async def gone() -> Group:
+    """A group that went away with its node."""
+    raise ObjectLostError("00", None, "")
+
+
 async def test_a_worker_goes_on_from_its_checkpoint(model_dirs: dict[bool, str], local_ray: None, tmp_path: Path):
     groups = [make_group(d) for d in range(3)]
     place, name = str(tmp_path), "batch-000001"
@@ -301,7 +308,7 @@ async def test_a_worker_goes_on_from_its_checkpoint(model_dirs: dict[bool, str],
     worker = await one_rank(model_dirs[True], config)
     plan, refs = plan_of(await grade(worker, groups)), {g.draw: ready(g) for g in groups}
     await worker.update(plan, refs)
-    waiting = {d: ready(make_group(d)) for d in (5, 4)}
+    waiting = {5: ready(make_group(5)), 6: gone(), 4: ready(make_group(4))}
     await worker.snapshot()
     entries = await worker.checkpoint(place, name, waiting)
     assert [e.name for e in entries] == ["learner-0-of-1.safetensors", "groups.safetensors"]
