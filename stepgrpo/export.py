@@ -9,7 +9,7 @@ from stepgrpo import checkpoint
 from stepgrpo.checkpoint import CheckpointError, Manifest
 from stepgrpo.config import ConfigError
 from stepgrpo.hub import copy_tokenizer, with_tokenizer
-from stepgrpo.learner.state import read_parameters
+from stepgrpo.learner.state import persistent_buffers, read_parameters
 
 
 def export(place: str, manifest: Manifest, output: Path, model: str | None = None) -> None:
@@ -22,7 +22,7 @@ def export(place: str, manifest: Manifest, output: Path, model: str | None = Non
         model: where configuration and tokenizer come from; None: from where the run had them.
 
     Raises:
-        CheckpointError: the checkpoint is no run's, or is damaged.
+        CheckpointError: the checkpoint is no run's, is damaged, or does not hold all of the model.
         ConfigError: ``output`` holds something, or the model's configuration or tokenizer is not to be had.
     """
     import torch
@@ -39,6 +39,11 @@ def export(place: str, manifest: Manifest, output: Path, model: str | None = Non
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(source)
         policy = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if beside := list(persistent_buffers(policy)):
+        raise CheckpointError(
+            f"{manifest.name}: of a model with {beside[0]}, which is no parameter and in no checkpoint: let the run "
+            "end, which writes model/"
+        )
     if (source / "generation_config.json").is_file():
         policy.generation_config = transformers.GenerationConfig.from_pretrained(source)
     with tempfile.TemporaryDirectory(prefix="stepgrpo-export-") as cache:

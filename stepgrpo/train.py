@@ -630,7 +630,8 @@ class Loop:
         weights = self.weights
         if weights is None or seat.version == weights.version or seat.lost:
             return
-        self._pauses.append(await seat.actor.load.remote(weights))
+        paused = await seat.actor.load.remote(weights)
+        self._pauses.append(paused)  # not one line: that would be the list of the time before it
         seat.version = weights.version
         self._wake.set()
 

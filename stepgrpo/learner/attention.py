@@ -43,7 +43,8 @@ def check_logits(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: it caps or scales them.
     """
-    done = [name for name, nothing in DONE_TO_LOGITS.items() if getattr(config, name, None) not in (None, nothing)]
+    text = config.get_text_config()  # a part of its own in a model that also sees
+    done = [name for name, nothing in DONE_TO_LOGITS.items() if getattr(text, name, None) not in (None, nothing)]
     if done:
         raise ValueError(f"model.path: {config.model_type} has {', '.join(done)}, takes a model without")
 
@@ -54,7 +55,7 @@ def check_packs(model: PreTrainedModel) -> None:
     Raises:
         ValueError: sequences that lie end to end would see each other, as in layers with a state.
     """
-    layers = set(getattr(model.config, "layer_types", None) or ())
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     knows_how = model._supports_flash_attn and model._supports_attention_backend
     if not knows_how or model._is_stateful or layers - LAYERS:
         raise ValueError(f"model.attention: takes sdpa with {type(model).__name__}, which cannot have its rows packed")

@@ -197,6 +197,22 @@ def _use_liger(model: transformers.PreTrainedModel) -> None:
     _apply_liger_kernel_to_instance(model)
 
 
+def _without_dropout(model: nn.Module) -> None:
+    """Of dropped-out layers a response would have other log-probabilities in each pass, and none would be those that it
+    was sampled with. On modules, not in the config, which goes into what is saved."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _piece(name: str, flat: Tensor, shape: tuple[int, ...], start: int) -> Piece:
+    data = flat.cpu().view(torch.uint8).numpy()
+    return Piece(name, str(flat.dtype).removeprefix("torch."), shape, start, data)
+
+
 class LearnerEngine:
     """One rank's share of the policy, its optimizer and, with a KL term, of the frozen reference.
 
@@ -247,6 +263,7 @@ class LearnerEngine:
                 check_packs(lm)
             if model.liger:
                 _use_liger(lm)
+            _without_dropout(lm)
             # A transformer layer is gathered whole, in one collective, between one pair of hooks: those around each of
             # its dozen modules were a tenth to a third of an update of a small model (bench/learner.py).
             whole = {type(module) for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())}
@@ -366,15 +383,17 @@ class LearnerEngine:
         }
 
     def shards(self) -> Iterator[Piece]:
-        """This rank's piece of every parameter, in the forward pass's dtype, straight from ZeRO-3's partition.
+        """This rank's piece of every parameter, in the forward pass's dtype, straight from ZeRO-3's partition; rank 0's
+        with the buffers that a model's files hold.
 
         No communication, and on CPU no copy: the pieces are views that the next update changes. All ranks' pieces of a
         parameter, by ``start``, are the whole parameter. Tied parameters appear once, under the first name.
         """
         for name, param, start, size in self._partitions():
-            piece = param.ds_tensor.detach()[:size]
-            data = piece.cpu().view(torch.uint8).numpy()
-            yield Piece(name, str(piece.dtype).removeprefix("torch."), tuple(param.ds_shape), start, data)
+            yield _piece(name, param.ds_tensor.detach()[:size], tuple(param.ds_shape), start)
+        if dist.get_rank() == 0:
+            for name, buffer in state.persistent_buffers(self._policy.module.model).items():
+                yield _piece(name, buffer.detach().flatten(), tuple(buffer.shape), 0)
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """This rank's share of the training state, copied to the host: tensors and metadata of its file, see ``state``.
@@ -434,20 +453,23 @@ class LearnerEngine:
         is_writer = dist.get_rank() == 0
         model = self._policy.module.model
         own_names = {name for name, _ in model.named_parameters()}  # a tied parameter's first one only
-        state: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for prefix, module in model.named_modules():
             params = {n: p for n, p in module.named_parameters(prefix, recurse=False) if n in own_names}
             with deepspeed.zero.GatheredParameters(list(params.values())):
                 if is_writer:
-                    state |= {name: p.detach().to("cpu", copy=True) for name, p in params.items()}
+                    weights |= {name: p.detach().to("cpu", copy=True) for name, p in params.items()}
         if not is_writer:
             return
+        weights |= state.persistent_buffers(model)
         target = Path(directory).absolute()
         partial, previous = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "previous"))
-        for leftover in (partial, previous):
-            shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=state)
+        if previous.exists() and not target.exists():  # a save was cut off between its two renames
+            previous.rename(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=weights)
         copy_tokenizer(self._model_path, partial)
+        shutil.rmtree(previous, ignore_errors=True)
         if target.exists():
             target.rename(previous)
         partial.rename(target)

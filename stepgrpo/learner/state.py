@@ -20,7 +20,7 @@ from safetensors import safe_open
 from stepgrpo.types import FloatArray
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 MASTER = "master"
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
@@ -74,6 +74,13 @@ def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
     yield len(raw).to_bytes(8, "little") + raw
     for t in tensors.values():
         yield t.numpy().data.cast("B")
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's files hold besides parameters, such as a router's bias. Training does not change it, so a
+    checkpoint does without; whoever has the parameters needs it too."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 class StateFiles:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Gemma2Config, GraniteConfig
+from transformers import Gemma2Config, Gemma3nConfig, GraniteConfig
 
 from stepgrpo.learner.attention import SHORTEST, blocks_of, check_logits, packed_sdpa, varlen
 
@@ -93,3 +93,5 @@ def test_a_model_whose_logits_are_capped_or_scaled_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^model\.path: granite has logits_scaling, takes a model without"):
         check_logits(GraniteConfig(logits_scaling=8.0))
     check_logits(GraniteConfig())
+    with pytest.raises(ValueError, match="has final_logit_softcapping"):
+        check_logits(Gemma3nConfig())  # of its part that reads

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -328,6 +329,56 @@ def test_a_saved_policy_is_a_plain_checkpoint_and_replaces_the_one_before(model_
             np.testing.assert_allclose(engine.logprobs(batch)[0], got, atol=1e-5)
         assert AutoTokenizer.from_pretrained(tmp_path / "model")("w3 w7")["input_ids"] == [3, 7]
         engine.close()
+
+
+def test_a_save_that_was_cut_off_and_one_that_fails_leave_the_model_before(
+    model_dirs: dict[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    target = tmp_path / "model"
+    engine = engine_of(model_dirs[True])
+    engine.save_pretrained(target)
+    before = (target / "model.safetensors").read_bytes()
+    target.rename(tmp_path / ".model.previous")  # the first of its two renames
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stepgrpo.learner.engine.copy_tokenizer", full)
+        with pytest.raises(OSError, match="no space left"):
+            engine.save_pretrained(target)
+    assert (target / "model.safetensors").read_bytes() == before
+    engine.save_pretrained(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    engine.close()
+
+
+def test_buffers_that_a_models_files_hold_are_published_and_saved(model_dirs: dict[bool, str], tmp_path: Path):
+    engine = engine_of(model_dirs[True])
+    known = parameters(engine).keys()
+    layer = engine._policy.module.model.model.layers[0]
+    layer.register_buffer("bias", torch.tensor([[1.0, 2.0, 3.0]]))
+    layer.register_buffer("table", torch.ones(5), persistent=False)
+    (piece,) = (p for p in engine.shards() if p.name not in known)
+    assert (piece.name, piece.dtype, piece.shape, piece.start) == ("model.layers.0.bias", "float32", (1, 3), 0)
+    assert floats(piece.data).tolist() == [1, 2, 3]
+    engine.save_pretrained(tmp_path / "model")
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as saved:
+        assert saved.get_tensor("model.layers.0.bias").tolist() == [[1, 2, 3]]
+    engine.close()
+
+
+@pytest.mark.parametrize("attention", ["packed_sdpa", "sdpa"])
+def test_nothing_is_dropped_out(model_dirs: dict[bool, str], tmp_path: Path, attention: str):
+    path = shutil.copytree(model_dirs[True], tmp_path / "start")
+    config = json.loads((path / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (path / "config.json").write_text(json.dumps(config))
+    engine = engine_of(str(path), attention=attention)
+    batch = collate(make_samples(3), attention != "sdpa", 0)
+    np.testing.assert_allclose(engine.logprobs(batch)[0], plain_logprobs(str(path), batch), atol=1e-5)
+    engine.save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["attention_dropout"] == 0.5
+    engine.close()
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(model_dirs: dict[bool, str]):
