@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from stepgrpo.config import ConfigError, brief
+from stepgrpo.config import ConfigError, brief, masked
 
 FORMAT = 1
 """Of the manifest and of what lies beside it; a program reads its own format only."""
@@ -309,11 +309,19 @@ class _Store:
             entries = self.fs.ls(self.root, detail=True)
         except FileNotFoundError:
             return []
+        except Exception as e:  # also of a store's own kind, such as for want of credentials
+            raise CheckpointError(f"{masked(self.root)}: cannot be read ({brief(e)})") from e
         found = (PurePosixPath(e["name"]).name for e in entries if e["type"] == "directory")
         return sorted(n for n in found if re.fullmatch(_COMPONENT, n))
 
     def has(self, name: str, filename: str) -> bool:
-        return bool(self.fs.exists(self.path(name, filename)))
+        try:  # `exists` takes any error for a no, for which a good checkpoint would be removed
+            self.fs.info(self.path(name, filename))
+        except FileNotFoundError:
+            return False
+        except Exception as e:
+            raise CheckpointError(f"{name}: {filename}: cannot be looked at ({brief(e)})") from e
+        return True
 
     def begin(self, name: str) -> None:
         if self.has(name, MANIFEST):

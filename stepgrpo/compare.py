@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from stepgrpo import run, rundir, sft
+from stepgrpo import checkpoint, run, rundir, sft
 from stepgrpo.benchmarks import resolve
 from stepgrpo.config import (
     CompareConfig,
@@ -72,13 +72,22 @@ class Job:
 
     def changes(self, row: dict[str, Any]) -> list[str]:
         """Settings and files that were others when ``row`` was made; a setting it does not know was at its default."""
-        made = _defaults() | flat(row["settings"])
-        settings = [k for k, v in flat(self.settings).items() if made.get(k, _MISSING) != v]
+        made, now = flat(row["settings"]), flat(self.settings)
+        # What only the row says is a setting of an earlier version, which decides about nothing any more; or it is an
+        # entry of a mapping, or of a section, that is another one now.
+        entries = {
+            k for k in made if _related(k, now) or is_under(k, ["sft", *(d for d, v in _defaults().items() if v == {})])
+        }
+        settings = [k for k in sorted(entries | now.keys()) if _value(made, k) != _value(now, k)]
         return settings + [k for k, v in self.files.items() if row["files"].get(k) != v]
 
     def make(self, display: Display) -> None:
         """Run the method and write its row."""
-        shutil.rmtree(self.config.run_dir, ignore_errors=True)  # of an attempt that did not get to its row
+        # Of an attempt that did not get to its row.
+        shutil.rmtree(self.config.run_dir, ignore_errors=True)
+        place = self.config.checkpoint_place
+        for left in [*checkpoint.names(place), *checkpoint.half_written(place)]:
+            checkpoint.discard(place, left)
         start = time.monotonic()
         kinds = {"train": self._train, "eval": self._evaluate, "distill": self._distill}
         evaluation, answers, details = kinds[self.method.kind](display)
@@ -364,6 +373,18 @@ def _settings(config: Config, method: MethodConfig) -> dict[str, Any]:
     """Everything that decides about a row."""
     tree = config.model_dump(mode="json") | {"kind": method.kind, "sft": method.sft}
     return {k: v for k, v in flat(tree).items() if not is_under(k, _WHERE_IT_RUNS)}
+
+
+def _related(key: str, settings: Iterable[str]) -> bool:
+    """Whether something is said about a part of it, or about what it is a part of."""
+    return any(is_under(key, [k]) or is_under(k, [key]) for k in settings)
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    """A default counts where nothing is said, not where its whole section is null."""
+    if key in settings:
+        return settings[key]
+    return _MISSING if _related(key, settings) else _defaults().get(key, _MISSING)
 
 
 @cache

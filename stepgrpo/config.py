@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -697,7 +697,7 @@ def load(cls: type[C], path: str | Path, overrides: list[str] | None = None) -> 
                 f"override {item!r}: takes key=value, such as train.num_batches=10, or a YAML file to overlay"
             )
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as e:
             raise ConfigError(f"{key}: got {text!r}, takes a YAML value ({e.__class__.__name__})") from None
         node = tree
@@ -709,6 +709,18 @@ def load(cls: type[C], path: str | Path, overrides: list[str] | None = None) -> 
             node = child
         node[leaf] = value
     return validate(cls, tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """Truth values are those of YAML 1.2: `off`, `No` and `on` are words, which a setting may take."""
+
+
+_TRUTH = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, word) for tag, word in words if tag != _TRUTH]
+    for first, words in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_TRUTH, re.compile("true|True|TRUE|false|False|FALSE"), [*"tTfF"])
 
 
 def validate(cls: type[C], tree: dict[str, Any]) -> C:
@@ -733,7 +745,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"{path}: `base` goes in a circle")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except OSError as e:
         raise ConfigError(
             f"{path}: cannot be read ({e.strerror}); name a config such as configs/quickstart.yaml"
@@ -774,7 +786,10 @@ def _explain(cls: type[BaseModel], err: Any) -> str:
     where = ".".join(loc)
     if err["type"] == "extra_forbidden":
         section: Any = cls
-        for p in loc[:-1]:
+        parts = iter(loc[:-1])
+        for p in parts:
+            if get_origin(section.model_fields[p].annotation) is dict:
+                next(parts, None)  # a name of the user's
             section = _section_of(section, p)
         names = list(section.model_fields)
         near = difflib.get_close_matches(loc[-1], names, 1)

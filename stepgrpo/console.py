@@ -42,11 +42,24 @@ class Phase:
         self.show(f"{done} problems", done, total)
 
 
+class _Screen(Console):
+    """A terminal or a pipe, which may go away before the run does: then nothing is shown any more, and that is all."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:  # a terminal that hung up
+            self.on_broken_pipe()
+
+
 class Display:
     """Prints phases to ``console`` and keeps their seconds."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or _Screen(highlight=False)
         self.live = self.console.is_interactive
         self.detail = Text(style="dim")
         self.below: RenderableType = ""

@@ -150,10 +150,15 @@ def load_problems(
 
 
 def normalised(text: str) -> str:
-    """Equal for questions that differ in case, blanks, Unicode form and punctuation at the ends only."""
+    """Equal for questions that differ in case, blanks, Unicode form and punctuation at the ends only: not in a sign, a
+    factorial or an exponent."""
+    text = _SUPERSCRIPT.sub(r"^\g<0>", text)
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     # A question of nothing but punctuation stays itself.
-    return re.sub(r"^[\W_]+|[\W_]+$", "", text) or text
+    return re.sub(r"""^[\s*_"'.:;,?#>]+|[\s*_"'.:;,?]+$""", "", text) or text
+
+
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁱⁿ]+")
 
 
 def overlap(train: Sequence[Problem], held_out: Sequence[Problem]) -> list[Overlap]:
@@ -317,9 +322,9 @@ def _row(key: str, row: Any, where: Source, config: DataConfig, response_field: 
     columns = next((c for c in where.columns if isinstance(row, dict) and c.question in row), where.columns[0])
     question = _field(key, row, columns.question)
     if response_field is not None:  # the response is the answer; grading never sees it
-        truth, response = "", str(_field(key, row, response_field))
+        truth, response = "", _text(key, row, response_field)
     else:
-        truth, response = _text(_field(key, row, columns.answer)), None
+        truth, response = _text(key, row, columns.answer), None
     suffix = f" {config.suffix}" if config.suffix else ""
     # A prompt that is already a conversation (a list of messages) keeps its own turns.
     if isinstance(question, list):
@@ -330,10 +335,10 @@ def _row(key: str, row: Any, where: Source, config: DataConfig, response_field: 
         if not text.strip():
             raise DataError(f"{key}: field {columns.question!r} has no words but the system's")
         return _Row(key, text, messages, truth, response)
-    text = asked = str(question)
+    text = asked = _text(key, row, columns.question)
     try:
         if response is None and columns.wrong:
-            asked, truth = lettered(text, truth, [_text(_field(key, row, c)) for c in columns.wrong])
+            asked, truth = lettered(text, truth, [_text(key, row, c) for c in columns.wrong])
             suffix = f"\n\n{CHOICE_SUFFIX}"
         elif response is None:
             truth = columns.final(truth)
@@ -344,9 +349,12 @@ def _row(key: str, row: Any, where: Source, config: DataConfig, response_field: 
     return _Row(key, text, [{"role": "user", "content": asked + suffix}], truth, response)
 
 
-def _text(answer: Any) -> str:
-    """Some sets hold whole numbers as floats."""
-    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+def _text(key: str, row: Any, name: str) -> str:
+    """A field as text. Some sets hold whole numbers as floats."""
+    value = _field(key, row, name)
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{key}: field {name!r} is a {type(value).__name__}, takes a text or a number")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _problem(row: _Row, config: DataConfig, tokenizer: Tokenizer, encode_response: ResponseEncoder | None) -> Problem:

@@ -246,7 +246,9 @@ def explain(config: Config, gpu_memory: float = 80.0, gpus_per_node: int = 8) ->
 
     learner, learner_host = _learner_memory(config, shape, width)
     rollout, kv_bytes = _rollout_memory(config, shape, width, gpu_memory * GB)
-    kv_tokens = int(kv_bytes // shape.kv_bytes(width))
+    # With more GPUs than key-value heads, several hold the same head.
+    copies = max(1, config.engine.tensor_parallel // shape.num_kv_heads)
+    kv_tokens = int(kv_bytes // (copies * shape.kv_bytes(width)))
     trajectories = tr.prompts_per_batch * ro.group_size
     # Two versions may lie in the store: the newest, and the one before it until the last worker has loaded it; that
     # one perhaps with its differences, which together are smaller than it. A worker that waits for its trajectories
@@ -297,7 +299,7 @@ def _learner_memory(config: Config, shape: ModelShape, width: int) -> tuple[Memo
     own, offload = n / lrn.num_ranks, lrn.offload_optimizer and config.cluster.device == "cuda"
     always = [
         Part("weights", width * own, config.model.dtype),
-        Part("gradients", 4 * own, "float32"),
+        Part("gradients", 0 if offload else 4 * own, "float32"),
         Part("optimizer", 0 if offload else 12 * own, "float32 weights and Adam's two moments"),
         Part("reference", width * own if lrn.kl_coef else 0, "the KL term's frozen model"),
         Part("gradient bucket", min(n, REDUCE_BUCKET) * width, "on the way to their ranks"),
@@ -320,9 +322,9 @@ def _learner_memory(config: Config, shape: ModelShape, width: int) -> tuple[Memo
         Part("head's gradient", (4 + width) * shape.vocab * shape.hidden, "whole, summed in float32"),
     )
     update = (Part("update", 0 if offload else 4 * min(own, SUB_GROUP), "float32 gradients of one sub-group"),)
-    host = 16 * own if offload else 0.0
+    host = 20 * own if offload else 0.0  # with the gradients, and once more those of a sub-group
     if on_gpu and config.cluster.colocate:
-        host = sum(part.bytes for part in always[:4]) + 16 * own * offload
+        host = sum(part.bytes for part in always[:4]) + 20 * own * offload
     if lrn.full_every > 1:
         host += width * own
     return Memory(tuple(always), (forward_backward, update)), host

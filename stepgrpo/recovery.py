@@ -14,6 +14,7 @@ from stepgrpo.checkpoint import CheckpointError, Manifest
 from stepgrpo.config import Config, ConfigError, flat, is_under, validate
 from stepgrpo.console import Display
 from stepgrpo.data import Problem
+from stepgrpo.survey import write_checkpoint
 
 AUTO, LAST = "auto", "last"
 
@@ -80,6 +81,8 @@ def claim(config: Config, resume: str | None, display: Display) -> Start:
     """
     directory, place = config.run_dir, config.checkpoint_place
     there = checkpoint.names(place)
+    if config.checkpoint.every and config.checkpoint.place and (refusal := write_checkpoint(place)):
+        raise ConfigError(f"checkpoint.place: got {config.checkpoint.place}, cannot be written ({refusal})")
     if resume is None or (resume == AUTO and rundir.is_free(directory) and not there):
         rundir.claim(directory)
         if there:
@@ -101,7 +104,7 @@ def claim(config: Config, resume: str | None, display: Display) -> Start:
     except CheckpointError:
         restart += 1
     try:
-        manifest = _chosen(place, there, resume, display)
+        manifest = _chosen(directory, place, there, resume, display)
     except CheckpointError as e:
         raise ConfigError(f"--resume: {e}") from None
     if manifest is None:
@@ -121,14 +124,15 @@ def begin(config: Config, start: Start, display: Display) -> int:
     """Void what files and checkpoints say of later batches than the checkpoint's; returns the number of lines."""
     directory, place = config.run_dir, config.checkpoint_place
     rundir.save_json(directory / "config.json", config.model_dump())
+    # The way from there on is taken anew: what lies behind it would be taken for its continuation. First of all, for
+    # who is killed in between goes on from the newest there is.
+    for later in [n for n in checkpoint.names(place) if start.name and n > start.name]:
+        display.warn(f"{later} lies behind {start.name} and is removed")
+        checkpoint.discard(place, later)
     voided = rundir.roll_back(directory, -1 if start.name is None else start.meta["batch"])
     leftovers = ["summary.json", "error.txt", *(["heldout.json"] if start.name is None else [])]
     for leftover in leftovers:
         (directory / leftover).unlink(missing_ok=True)
-    # The way from there on is taken anew: what lies behind it would be taken for its continuation.
-    for later in [n for n in checkpoint.names(place) if start.name and n > start.name]:
-        display.warn(f"{later} lies behind {start.name} and is removed")
-        checkpoint.discard(place, later)
     event = {"restart": start.restart, "checkpoint": start.name, "voided": voided}
     rundir.append_event(directory, "start", **event)
     return voided
@@ -160,7 +164,7 @@ def check_inputs(start: Start, inputs: dict[str, str]) -> None:
             )
 
 
-def _chosen(place: str, there: Sequence[str], resume: str, display: Display) -> Manifest | None:
+def _chosen(directory: Path, place: str, there: Sequence[str], resume: str, display: Display) -> Manifest | None:
     if resume not in (AUTO, LAST):
         try:
             manifest = checkpoint.verify(place, resume)
@@ -170,6 +174,12 @@ def _chosen(place: str, there: Sequence[str], resume: str, display: Display) -> 
             raise CheckpointError(f"{e}{hint}") from None
         return manifest
     if not there and not (resume == LAST and checkpoint.half_written(place)):
+        written = [e["name"] for e in rundir.read_json_lines(directory / "events.jsonl") if e["kind"] == "checkpoint"]
+        if resume == AUTO and written:
+            raise CheckpointError(
+                f"{place} holds no checkpoint, but the run wrote some, the last of them {written[-1]}: set "
+                f"checkpoint.place to where they are, or remove {directory} to begin anew"
+            )
         if resume == AUTO:
             display.warn(f"{place} holds no checkpoint yet: the run begins anew")
             return None

@@ -253,15 +253,19 @@ def note_skipped(display: Display, *sets: Problems) -> None:
 
 
 class Ending:
-    """Ends a run when it is asked to, by SIGTERM (a scheduler, `ray job stop`) or by Ctrl-C, of which asyncio makes a
-    cancelled task and a KeyboardInterrupt; a second Ctrl-C does so at once."""
+    """Ends a run when it is asked to, by SIGTERM (a scheduler, `ray job stop`), SIGHUP (its terminal is gone) or by
+    Ctrl-C, of which asyncio makes a cancelled task and a KeyboardInterrupt; a second Ctrl-C does so at once."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._of_asyncio = signal.getsignal(signal.SIGINT)
         self._first: Callable[[], Awaitable[None]] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._loop.add_signal_handler(signal.SIGTERM, self._asked)
+        self._asks = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            self._asks.append(signal.SIGHUP)
+        for asks in self._asks:
+            self._loop.add_signal_handler(asks, self._asked)
         if self._of_asyncio is not signal.SIG_IGN:  # as in the background of a script
             self._loop.add_signal_handler(signal.SIGINT, self._asked, True)
 
@@ -281,8 +285,9 @@ class Ending:
         self._loop.call_soon(self._cancel)  # which must not raise in this task, whose exception nobody looks at
 
     def _cancel(self) -> None:
-        self._loop.remove_signal_handler(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for asks in self._asks:
+            self._loop.remove_signal_handler(asks)
+            signal.signal(asks, signal.SIG_IGN)
         self._loop.remove_signal_handler(signal.SIGINT)
         is_ignored = self._of_asyncio is signal.SIG_IGN
         signal.signal(signal.SIGINT, signal.default_int_handler if is_ignored else self._of_asyncio)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ def claim(directory: Path) -> None:
 
 
 def is_free(directory: Path) -> bool:
-    """Whether no run lies there."""
-    return not directory.exists() or all(p.name == _LOCK for p in directory.iterdir())
+    """Whether no run lies there; what is left of one that died before it began is none."""
+    return not directory.exists() or all(
+        p.name == _LOCK or p.name.startswith(("ray-logs-", "stacks-")) for p in directory.iterdir()
+    )
 
 
 @contextmanager
@@ -68,6 +71,11 @@ def alone(directory: Path, what: str) -> Iterator[None]:
             lock.seek(0)
             who = lock.read().strip() or "which does not say where"
             raise ConfigError(f"{directory}: another {what} works here ({who}); wait for it, or stop it") from None
+        except OSError as e:
+            raise ConfigError(
+                f"runs_dir: got {directory.parent}, whose file system has no locks ({e.strerror}); mount it with them "
+                "(Lustre: -o flock), or take another"
+            ) from None
         try:
             lock.truncate(0)
             lock.write(f"{socket.gethostname()}, process {os.getpid()}\n")
@@ -185,11 +193,16 @@ def append_event(directory: Path, kind: str, **event: Any) -> None:
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a file that may not be there; what was not written to its end is left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as f:
-        for line in f:
-            if line.endswith("\n"):
+    if path.is_file():
+        with path.open("rb") as f:
+            yield from whole_lines(f)
+
+
+def whole_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """JSON lines; one that was cut off, at the end or with others after it (a full disk, a kill), is left out."""
+    for line in lines:
+        with suppress(ValueError):
+            if line.endswith(b"\n"):
                 yield json.loads(line)
 
 
@@ -226,7 +239,17 @@ _LOCK = ".lock"
 
 
 def append_json(path: Path, *records: dict[str, Any]) -> None:
-    """Add a line each to a file of JSON lines. A figure that is not finite, which JSON cannot say, is null."""
-    lines = [json.dumps(finite(record)) + "\n" for record in records]
-    with path.open("a", encoding="utf-8") as f:
-        f.write("".join(lines))
+    """Add a line each to a file of JSON lines, all or none, behind what another attempt did not write to its end. A
+    figure that is not finite, which JSON cannot say, is null."""
+    text = "".join(json.dumps(finite(record)) + "\n" for record in records).encode()
+    with path.open("a+b", buffering=0) as f:
+        size = f.seek(0, os.SEEK_END)
+        if size and os.pread(f.fileno(), 1, size - 1) != b"\n":
+            text = b"\n" + text
+        try:
+            if f.write(text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with suppress(OSError):
+                f.truncate(size)
+            raise

@@ -60,9 +60,10 @@ def run(
 ) -> int:
     """Run ``command`` on this terminal until it ends for good; call it from the main thread.
 
-    Started again, with ``--resume auto``, is a driver that ended with ``RECOVERABLE``, or did not end by itself
-    (``mark_end``). All else is final: success, a setting to be changed, an error of the program's, and an end that
-    somebody wished by SIGINT, SIGTERM or SIGHUP, which are passed on to the driver. A second Ctrl-C kills it.
+    Started again is a driver that ended with ``RECOVERABLE``, or did not end by itself (``mark_end``): with ``--resume
+    auto``, or as it was told to resume until there is another newest checkpoint. All else is final: success, a setting
+    to be changed, an error of the program's, and an end that somebody wished by SIGINT, SIGTERM or SIGHUP, which are
+    passed on to the driver. A third Ctrl-C kills it.
 
     Args:
         max_restarts: in a row without progress.
@@ -75,7 +76,7 @@ def run(
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     causes: list[str] = []
-    reached = progress()
+    reached, told = progress(), any(word.startswith("--resume") for word in command)
     with _blocked() as (wishes, mask):
         while True:
             scratch, start = tempfile.mkdtemp(prefix="sg", dir="/tmp"), time.monotonic()
@@ -102,7 +103,7 @@ def run(
             if left := _end_descendants():
                 display.warn(f"could not be killed: processes {', '.join(map(str, left))}")
             if (now := progress()) != reached:
-                reached = now
+                reached, told = now, False
                 causes.clear()
             causes.append(cause)
             mark = Path(scratch) / _ENDED
@@ -111,18 +112,20 @@ def run(
             mark.unlink(missing_ok=True)
             recoverable = not wished and not own_end and -status not in _WISHES
             restart = recoverable and len(causes) <= max_restarts
-            logs = _saved_logs(Path(scratch), keep) if restart and keep else ""
-            _remove(scratch, keep_logs=status >= 0 and not restart)
+            logs = _saved_logs(Path(scratch), keep) if recoverable and keep else ""
+            _remove(scratch, keep_logs=status >= 0 and not recoverable)
             if not restart:
                 if recoverable:
                     first = f"; the first time, {causes[0]}" if len(causes) > 1 else ""
-                    display.warn(f"{cause}: given up after {max_restarts} restart(s) without a new checkpoint{first}")
+                    display.warn(
+                        f"{cause}: given up after {max_restarts} restart(s) without a new checkpoint{first}{logs}"
+                    )
                 return status if status >= 0 else 128 - status
             pause = min(FIRST_BACKOFF_SECONDS * 2.0 ** (len(causes) - 1), MAX_BACKOFF_SECONDS)
             display.warn(f"{cause}: restart {len(causes)} of {max_restarts} in {pause:g} s{logs}")
             if wish := signal.sigtimedwait(wishes, pause):
                 return 128 + wish.si_signo
-            if tuple(command[-2:]) != RESUME:
+            if not told and tuple(command[-2:]) != RESUME:
                 command = [*command, *RESUME]
 
 
@@ -158,7 +161,7 @@ def _born(mask: Collection[int], supervisor: int) -> None:
 
 def _until_end(driver: subprocess.Popen[bytes], wishes: Collection[int], hangs: Callable[[], bool]) -> tuple[int, bool]:
     """The driver's exit status, negative for a signal, and whether somebody wished it to end."""
-    wished = False
+    wished, keys = False, 0
     while (status := _reap(driver.pid)) is None:
         sent = signal.sigtimedwait([*wishes, signal.SIGCHLD], LOOK_SECONDS)
         if sent is None:
@@ -167,7 +170,8 @@ def _until_end(driver: subprocess.Popen[bytes], wishes: Collection[int], hangs: 
             continue
         if sent.si_signo == signal.SIGCHLD:
             continue
-        if wished and sent.si_signo == signal.SIGINT:
+        keys += sent.si_signo == signal.SIGINT
+        if keys > 2:
             os.kill(driver.pid, signal.SIGKILL)
         elif sent.si_code != _SI_KERNEL:
             os.kill(driver.pid, sent.si_signo)

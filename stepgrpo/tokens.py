@@ -95,7 +95,18 @@ class TextStream:
         out = []
         for token in token_ids:
             note(begun)
-            text = step(tokenizer, token)
+            try:
+                text = step(tokenizer, token)
+            except Exception as e:  # of no kind of its own: bytes that turned out to be no character
+                if "nvalid prefix" not in str(e):
+                    raise
+                out.append(self._text_held())
+                begun = num_chars = num_chars + len(out[-1])
+                held.clear()
+                self.offsets[-1] = begun
+                self._stream = DecodeStream(skip_special_tokens=False)
+                step = self._stream.step
+                text = step(tokenizer, token)
             if text is None:
                 held.append(token)
                 incomplete = self._text_held()

@@ -146,10 +146,10 @@ def _tail(path: Path) -> list[dict[str, Any]]:
         with path.open("rb") as f:
             skipped = max(0, path.stat().st_size - TAIL_BYTES)
             f.seek(skipped)
-            lines = f.read().split(b"\n")
+            lines = f.read().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines[1 if skipped else 0 : -1]]
+    return list(rundir.whole_lines(lines[1 if skipped else 0 :]))
 
 
 # ---- what is shown

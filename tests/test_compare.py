@@ -150,6 +150,26 @@ def test_a_setting_that_is_younger_than_a_row_was_at_its_default(tmp_path: Path)
     assert changes(write(tmp_path, methods, {"reward": {"length_alpha": 0.1}}), made) == ["reward.length_alpha"]
 
 
+def test_a_section_that_was_null_and_an_entry_that_is_gone_make_another_row(tmp_path: Path) -> None:
+    methods = {"vanilla": {"kind": "eval"}}
+    (without,) = jobs(write(tmp_path, methods, {"rollout": {"probe": None}}))[1]
+    assert "rollout.probe.delta" in changes(write(tmp_path, methods), without)
+    (with_probe,) = jobs(write(tmp_path, methods))[1]
+    assert "rollout.probe" in changes(write(tmp_path, methods, {"rollout": {"probe": None}}), with_probe)
+    options = {"reward": {"scheme": "json:loads", "options": {"a": 1, "b": 2}}}
+    (made,) = jobs(write(tmp_path, methods, options))[1]
+    options["reward"]["options"] = {"a": 1}
+    assert changes(write(tmp_path, methods, options), made) == ["reward.options.b"]
+
+
+def test_an_entry_of_the_supervised_part_that_is_gone_makes_another_row(tmp_path: Path) -> None:
+    def of(sft: dict[str, Any]) -> Path:
+        return write(tmp_path, {"deer_sft": {"kind": "distill", "sft": sft}}, reference="deer_sft")
+
+    (made,) = jobs(of({"batch_size": 8, "epochs": 1}))[1]
+    assert changes(of({"batch_size": 8}), made) == ["sft.epochs"]
+
+
 def test_a_second_call_at_the_same_time_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"vanilla": {"kind": "eval"}})
     directory = tmp_path / "runs" / "compare" / "small"

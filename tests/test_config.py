@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stepgrpo.config import Config, ConfigError, SftConfig, load, validate
+from stepgrpo.config import CompareConfig, Config, ConfigError, SftConfig, load, validate
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -63,6 +63,18 @@ def test_an_unknown_key_in_an_optional_section_suggests_the_nearest_one() -> Non
 
 def test_an_unknown_key_like_no_other_lists_what_there_is() -> None:
     assert refusal("model.zzz=3") == "model.zzz: unknown key; takes one of path, dtype, attention, liger, think_close"
+
+
+def test_off_is_a_word() -> None:
+    assert load(Config, QUICKSTART, ["train.wandb=off"]).train.wandb == "off"
+    assert load(Config, QUICKSTART, ["rollout.triggers=[No, Wait]"]).rollout.triggers == ["No", "Wait"]
+    assert load(Config, QUICKSTART, ["train.refill=true"]).train.refill
+
+
+def test_an_unknown_key_below_a_name_of_the_users_suggests_the_nearest_one() -> None:
+    tree = {"name": "x", "run": "y", "results": "z", "seeds": [0], "methods": {"g": {"lable": "x"}}}
+    with pytest.raises(ConfigError, match=r"^methods\.g\.lable: unknown key; did you mean methods\.g\.label\?$"):
+        validate(CompareConfig, tree)
 
 
 def test_an_unknown_section_suggests_the_nearest_one() -> None:

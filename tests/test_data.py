@@ -226,6 +226,20 @@ def test_a_training_problem_that_is_held_out_is_found(lines, tmp_path, question,
     assert found == ([] if kind is None else [f"train.jsonl:1 {kind} problems.jsonl:{line}"])
 
 
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("-3 + 5 = ?", "3 + 5 = ?"), ("What is 5!", "What is 5?"), ("What is 10%?", "What is 10?"), ("2⁵.", "25.")],
+)
+def test_a_sign_makes_another_question(lines, a, b):
+    assert len(load(lines({"problem": a, "answer": 1}, {"problem": b, "answer": 2})).items) == 2
+
+
+@pytest.mark.parametrize("row", [{"problem": {"text": "1+1"}, "answer": 2}, {"problem": "q", "answer": ["2", "3"]}])
+def test_what_is_no_text_is_refused(lines, row):
+    with pytest.raises(DataError, match=r"field '(problem|answer)' is a (dict|list), takes a text or a number"):
+        load(lines(row))
+
+
 def test_a_phrase_that_many_problems_share_is_no_overlap(lines, tmp_path):
     phrase = "can be written as m/n where m and n are relatively prime positive integers find m + n"
     question = "Ann and Bo throw two dice each. The probability that Ann has a higher sum while Bo has a prime"

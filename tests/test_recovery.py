@@ -224,6 +224,35 @@ def test_without_a_checkpoint_auto_begins_anew_and_a_plain_resume_says_so(tmp_pa
     assert not (config.run_dir / "heldout.json").exists()
 
 
+def test_auto_does_not_begin_anew_where_checkpoints_went_missing(tmp_path: Path) -> None:
+    config = began(tmp_path, config=config_of(tmp_path, f"checkpoint.place={tmp_path / 'gone'}"))
+    rundir.append_event(config.run_dir, "checkpoint", name="r0000-batch-000002")
+    with pytest.raises(ConfigError, match=r"the last of them r0000-batch-000002: set checkpoint\.place to where they"):
+        claimed(config, "auto")
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises((ConfigError, checkpoint.CheckpointError), match=r"cannot be (written|read)"):
+            claimed(config_of(tmp_path, f"checkpoint.place={tmp_path / place}"), None)
+
+
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    rundir.append_json(path, {"a": 1})
+    with path.open("a") as f:
+        f.write('{"b": ')
+    rundir.append_json(path, {"c": 3}, {"d": float("nan")})
+    assert list(rundir.read_json_lines(path)) == [{"a": 1}, {"c": 3}, {"d": None}]
+
+
+def test_what_is_left_of_a_start_that_died_is_no_run(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    (config.run_dir / "ray-logs-20261127-000000").mkdir(parents=True)
+    assert claimed(config, "auto")[0] == recovery.Start()
+
+
 def test_the_newest_good_checkpoint_is_taken_or_the_one_that_is_named(tmp_path: Path) -> None:
     config = began(tmp_path, 2, 4, 6)
     assert claimed(config, "auto")[0].name == "r0000-batch-000006"

@@ -24,7 +24,7 @@ supervise.FIRST_BACKOFF_SECONDS, supervise.MAX_BACKOFF_SECONDS = {backoff}
 supervise.GRACE_SECONDS, supervise.LOOK_SECONDS = 0.5, 0.1
 here = Path(sys.argv[1])
 status = supervise.run(
-    [sys.executable, str(here / "driver.py")],
+    [sys.executable, str(here / "driver.py"), *{arguments}],
     max_restarts={max_restarts},
     display=Display(Console(file=sys.stderr, highlight=False)),
     progress=lambda: len(list(here.glob("checkpoint-*"))),
@@ -50,9 +50,16 @@ def ready(): print("ready", flush=True)
 """
 
 
-def supervisor(here: Path, driver: str, *, max_restarts: int = 3, backoff: tuple[float, float] = (0.01, 0.03)):
+def supervisor(
+    here: Path,
+    driver: str,
+    *,
+    max_restarts: int = 3,
+    backoff: tuple[float, float] = (0.01, 0.03),
+    arguments: tuple[str, ...] = (),
+):
     (here / "driver.py").write_text(DRIVER + driver)
-    code = SUPERVISOR.format(max_restarts=max_restarts, backoff=backoff)
+    code = SUPERVISOR.format(max_restarts=max_restarts, backoff=backoff, arguments=arguments)
     return [sys.executable, "-c", code, str(here)]
 
 
@@ -82,6 +89,16 @@ def test_a_killed_driver_is_started_again_from_its_checkpoint(tmp_path):
     ]
 
 
+def test_a_driver_that_dies_before_it_has_gone_back_is_told_again_where_to(tmp_path):
+    driver = """
+if n == 1: (here / "checkpoint-1").touch()
+if n < 3: kill()
+"""
+    back = ["--resume", "batch-1"]
+    assert ends(tmp_path, driver, arguments=("--resume", "batch-1"))[0] == 0
+    assert starts(tmp_path) == [back, back, [*back, "--resume", "auto"], [*back, "--resume", "auto"]]
+
+
 def test_a_driver_that_is_ended_from_within_its_libraries_is_started_again(tmp_path):
     status, words = ends(tmp_path, "if n == 0: os._exit(1)")
     assert status == 0 and len(starts(tmp_path)) == 2
@@ -99,6 +116,19 @@ if n == 0:
     _, words = ends(tmp_path, driver)
     (logs,) = tmp_path.glob("ray-logs-*")
     assert (logs / "raylet.out").read_text() == "why" and words.rstrip().endswith(f"Ray's logs: {logs}")
+
+
+def test_the_logs_of_one_that_is_given_up_are_taken_along_too(tmp_path):
+    driver = """
+logs = Path(os.environ["STEPGRPO_SCRATCH"], "sgx", "session_1", "logs")
+logs.mkdir(parents=True)
+(here / "scratch").write_text(os.environ["STEPGRPO_SCRATCH"])
+os._exit(1)
+"""
+    status, words = ends(tmp_path, driver, max_restarts=0)
+    (logs,) = tmp_path.glob("ray-logs-*")
+    assert status == 1 and words.rstrip().endswith(f"without a new checkpoint; Ray's logs: {logs}")
+    assert not Path((tmp_path / "scratch").read_text()).exists()
 
 
 def test_a_driver_that_hangs_is_killed_and_started_again_and_leaves_its_stack(tmp_path):
@@ -230,7 +260,7 @@ def test_a_driver_that_dies_of_the_users_signal_is_not_started_again(tmp_path):
     assert len(starts(tmp_path)) == 1
 
 
-def test_a_second_interrupt_kills_a_driver_that_does_not_end(tmp_path):
+def test_a_second_interrupt_is_passed_on_and_a_third_kills_a_driver_that_does_not_end(tmp_path):
     driver = """
 signal.signal(signal.SIGINT, lambda *_: ready())
 ready()
@@ -239,6 +269,8 @@ while True: signal.pause()
     process = started(supervisor(tmp_path, driver))
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == ("", "") and process.returncode == 128 + signal.SIGKILL
     assert len(starts(tmp_path)) == 1

@@ -134,6 +134,16 @@ def test_a_token_that_ends_in_half_a_character_holds_that_character():
     assert [stream.token_at(i) for i in range(3)] == [0, 0, 3]
 
 
+def test_bytes_that_turn_out_to_be_no_character_stop_nothing():
+    codec = byte_fallback()
+    newline, stray = (codec.tokenizer.token_to_id(t) for t in ("<0x0A>", "<0xE7>"))
+    a, b = codec.tokenizer.token_to_id("a"), codec.tokenizer.token_to_id("b")
+    stream = TextStream(codec)
+    text = stream.feed([a, newline, stray, a, b]) + stream.finish()
+    assert text.startswith("a") and text.endswith("ab") and "�" in text
+    assert len(stream.offsets) == 5 and stream.token_at(len(text) - 1) == 4
+
+
 def test_blanks_between_words_belong_to_the_word_after_them():
     stream = TextStream(words(unk=False))
     assert stream.feed([2, 1]) + stream.feed([3]) == "4 Wait 5"

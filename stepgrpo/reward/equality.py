@@ -125,8 +125,14 @@ def _apply(rules: list[_Rule], latex: str) -> str:
     return latex.strip()
 
 
+_FURTHER = re.compile(r"\s*(?:and|or|&|,)(?!\w)|(?:^|[,;&]|\b(?:and|or))\s*(?:\([A-J]\)|[A-J](?:[):]|$))")
+"""What stands behind a first letter and names another."""
+
+
 def _choice(latex: str) -> re.Match[str] | None:
-    return _CHOICE.fullmatch(_FONT.sub(r"\1", latex).strip())
+    """Of one choice: several are none."""
+    found = _CHOICE.fullmatch(_FONT.sub(r"\1", latex).strip())
+    return None if found and (_FURTHER.match(found["rest"]) or _FURTHER.search(found["rest"])) else found
 
 
 def _words(latex: str) -> list[str] | None:
