@@ -136,6 +136,7 @@ class Job:
         prompts = {draw: stream[draw] for draw in range(t.num_batches * t.prompts_per_batch)}
         encode = sft.response_encoder(supervised)
         pairs: list[sft.Pair] = []
+        unspelt: list[str] = []
         decoding = c.eval.model_copy(
             update={
                 "early_exit": True,
@@ -148,9 +149,15 @@ class Job:
 
         def keep(_: str, group: dict[str, Any]) -> None:
             prompt = prompts[group["draw"]].token_ids
-            pairs.extend((prompt, encode(prompt, a["text"])) for a in group["trajectories"] if a["correct"])
+            for answer in (a["text"] for a in group["trajectories"] if a["correct"]):
+                try:
+                    pairs.append((prompt, encode(prompt, answer)))
+                except ValueError as e:
+                    unspelt.append(str(e))
 
         run.answer(c.model_copy(update={"eval": decoding}), display, {"training": list(prompts.values())}, keep)
+        if unspelt:
+            display.warn(f"{len(unspelt)} correct answers cannot be spelt again and are left out: {unspelt[0]}")
         if not pairs:
             raise TrainError("no decoded answer is correct: there is nothing to learn from")
         sft.fit(supervised, display, pairs)

@@ -6,6 +6,7 @@ to find words in them, never encoded again.
 
 from __future__ import annotations
 
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,12 +50,13 @@ class Codec:
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as e:  # a vocabulary without an unknown token
-            raise ValueError(f"the tokenizer cannot encode {text!r} ({e}); use words of its vocabulary") from None
+            raise ValueError(f"the tokenizer cannot encode {_shown(text)} ({e}); use words of its vocabulary") from None
         spelt = self.decode(ids)
-        # Word-level tokenizers are free in blanks, and some drop unknown words without a word.
-        if "".join(spelt.split()) != "".join(text.split()):
+        # Word-level tokenizers are free in blanks, many compose accents, and some drop unknown words without a word.
+        if _composed(spelt) != _composed(text):
             raise ValueError(
-                f"the tokenizer cannot encode {text!r}: it comes back as {spelt!r}; use words of its vocabulary"
+                f"the tokenizer cannot encode {_shown(text)}: it comes back as {_shown(spelt)}; use words of its "
+                "vocabulary"
             )
         return ids
 
@@ -70,6 +72,14 @@ class Codec:
         """
         ids = self.encode(text)
         return ids[0] if len(ids) == 1 else None
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", "".join(text.split()))
+
+
+def _shown(text: str, most: int = 80) -> str:
+    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
 
 
 class TextStream:

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from stepgrpo.config import ConfigError
 from stepgrpo.hub import copy_tokenizer, load_tokenizer
@@ -142,6 +142,16 @@ def test_bytes_that_turn_out_to_be_no_character_stop_nothing():
     text = stream.feed([a, newline, stray, a, b]) + stream.finish()
     assert text.startswith("a") and text.endswith("ab") and "�" in text
     assert len(stream.offsets) == 5 and stream.token_at(len(text) - 1) == 4
+
+
+def test_accents_that_a_tokenizer_composes_are_spelt():
+    vocabulary = {c: i for i, c in enumerate("aé�")}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="�"))
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.Fuse()
+    codec = Codec(tokenizer)
+    assert codec.encode("ae\u0301") == [0, 1]
+    with pytest.raises(ValueError, match=r"cannot encode 'b{80}'\.\.\.: it comes back as '�{80}'\.\.\.; use"):
+        codec.encode("b" * 1000)
 
 
 def test_blanks_between_words_belong_to_the_word_after_them():

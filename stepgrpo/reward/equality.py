@@ -55,7 +55,10 @@ _SILENT = "€£¥\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u
 _TO_LATEX = str.maketrans(_SIGNS | dict.fromkeys(_SILENT, ""))
 
 _MULTIPLIER = r"(?:hundred|thousand|\w*llion|dozen)"
-_FUNCTION = r"(?:sin|cos|tan|log|mod)"
+_FUNCTION = (
+    r"(?:sin|cos|tan|log|mod|sec\s+[A-Za-z]\b"
+    r"|(?:cot|csc|arc\w+|exp|gcd|lcm|det|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi)\b)"
+)
 
 
 def _compiled(*rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> list[_Rule]:

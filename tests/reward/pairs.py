@@ -459,6 +459,8 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ("2.718281828", "E"),
     ],
     "text": [
+        ("3 csc x", "3"),
+        ("2 alpha", "2"),
         (r"\text{Tuesday}", r"\text{Monday}"),
         ("Tuesday", "Monday"),
         (r"\text{no}", r"\text{yes}"),
