@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -352,7 +353,7 @@ def _row(key: str, row: Any, where: Source, config: DataConfig, response_field: 
 def _text(key: str, row: Any, name: str) -> str:
     """A field as text. Some sets hold whole numbers as floats."""
     value = _field(key, row, name)
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | Number):
         raise DataError(f"{key}: field {name!r} is a {type(value).__name__}, takes a text or a number")
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
