@@ -82,7 +82,7 @@ def train(
         summary = run.train(settings, display, resume)
         _print_summary(display, summary, settings.run_dir)
 
-    _guard(job)
+    _guard(job, goes_on=True)
 
 
 def _supervise(settings: Config, display: Display) -> NoReturn:
@@ -182,7 +182,7 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
         supervised.train(settings, display)
         display.print(f"\nThe trained model: {settings.run_dir / 'model'}")
 
-    _guard(job)
+    _guard(job, goes_on=True)
 
 
 @app.command(name="eval")
@@ -262,7 +262,7 @@ def compare(
                 f"{len(failed)} rows failed: {', '.join(failed)}; run the command again to go on with them"
             )
 
-    _guard(job)
+    _guard(job, goes_on=True)
 
 
 @app.command()
@@ -587,12 +587,16 @@ def _with_value(arguments: list[str], option: str, value: str) -> list[str]:
     return out
 
 
-def _guard(job: Callable[[Display], None]) -> None:
-    """Run a job; the user's mistakes and a lost run end in one line, not in a traceback."""
-    from stepgrpo.config import ConfigError
-    from stepgrpo.console import Display
+def _guard(job: Callable[[Display], None], *, goes_on: bool = False) -> None:
+    """Run a job; the user's mistakes and a lost run end in one line, not in a traceback.
 
-    display = Display()
+    Args:
+        goes_on: also when its screen is gone.
+    """
+    from stepgrpo.config import ConfigError
+    from stepgrpo.console import Display, Screen
+
+    display = Display(Screen(highlight=False) if goes_on else None)
     try:
         job(display)
     except KeyboardInterrupt:

@@ -83,11 +83,11 @@ class Job:
 
     def make(self, display: Display) -> None:
         """Run the method and write its row."""
-        # Of an attempt that did not get to its row.
-        shutil.rmtree(self.config.run_dir, ignore_errors=True)
-        place = self.config.checkpoint_place
-        for left in [*checkpoint.names(place), *checkpoint.half_written(place)]:
-            checkpoint.discard(place, left)
+        if self.config.run_dir.exists():  # an attempt that did not get to its row
+            place = self.config.checkpoint_place
+            for left in [*checkpoint.names(place), *checkpoint.half_written(place)]:
+                checkpoint.discard(place, left)
+            shutil.rmtree(self.config.run_dir, ignore_errors=True)
         start = time.monotonic()
         kinds = {"train": self._train, "eval": self._evaluate, "distill": self._distill}
         evaluation, answers, details = kinds[self.method.kind](display)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -354,7 +354,7 @@ class TrainConfig(Section):
     """Seconds without progress after which it writes every process's stack and is restarted."""
     sample_every: NonNegativeInt = 5
     """Batches between two groups that are kept with their texts (`samples.jsonl`, for `stepgrpo report`); 0: none."""
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
     """Weights & Biases."""
     wandb_project: str = "stepgrpo"
     """Its project."""
@@ -697,7 +697,7 @@ def load(cls: type[C], path: str | Path, overrides: list[str] | None = None) -> 
                 f"override {item!r}: takes key=value, such as train.num_batches=10, or a YAML file to overlay"
             )
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as e:
             raise ConfigError(f"{key}: got {text!r}, takes a YAML value ({e.__class__.__name__})") from None
         node = tree
@@ -709,18 +709,6 @@ def load(cls: type[C], path: str | Path, overrides: list[str] | None = None) -> 
             node = child
         node[leaf] = value
     return validate(cls, tree)
-
-
-class _Loader(yaml.SafeLoader):
-    """Truth values are those of YAML 1.2: `off`, `No` and `on` are words, which a setting may take."""
-
-
-_TRUTH = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, word) for tag, word in words if tag != _TRUTH]
-    for first, words in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_TRUTH, re.compile("true|True|TRUE|false|False|FALSE"), [*"tTfF"])
 
 
 def validate(cls: type[C], tree: dict[str, Any]) -> C:
@@ -745,7 +733,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"{path}: `base` goes in a circle")
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        tree = yaml.safe_load(path.read_text())
     except OSError as e:
         raise ConfigError(
             f"{path}: cannot be read ({e.strerror}); name a config such as configs/quickstart.yaml"

@@ -5,9 +5,11 @@ On a terminal the line moves; in a log file (a job on a cluster, CI) one is prin
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -42,11 +44,13 @@ class Phase:
         self.show(f"{done} problems", done, total)
 
 
-class _Screen(Console):
+class Screen(Console):
     """A terminal or a pipe, which may go away before the run does: then nothing is shown any more, and that is all."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+        with suppress(OSError, ValueError):  # what waits in Python's own buffer would fail at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _check_buffer(self) -> None:
         try:
@@ -59,7 +63,7 @@ class Display:
     """Prints phases to ``console`` and keeps their seconds."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _Screen(highlight=False)
+        self.console = console or Console(highlight=False)
         self.live = self.console.is_interactive
         self.detail = Text(style="dim")
         self.below: RenderableType = ""

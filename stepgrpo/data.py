@@ -156,10 +156,11 @@ def normalised(text: str) -> str:
     text = _SUPERSCRIPT.sub(r"^\g<0>", text)
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     # A question of nothing but punctuation stays itself.
-    return re.sub(r"""^[\s*_"'.:;,?#>]+|[\s*_"'.:;,?]+$""", "", text) or text
+    return _ENDS.sub("", text) or text
 
 
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁱⁿ]+")
+_ENDS = re.compile(r"""^[\s*_"'“”‘’«»「」.:;,?。、#>]+|[\s*_"'“”‘’«»「」.:;,?。、]+$""")
 
 
 def overlap(train: Sequence[Problem], held_out: Sequence[Problem]) -> list[Overlap]:

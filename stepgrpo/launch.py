@@ -10,8 +10,10 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,7 +100,7 @@ def session(cluster: ClusterConfig, bundles: Sequence[Bundle], patience: float =
     try:
         if not address:
             store = cluster.object_store_mb
-            with _on_loopback(), _light_dashboard():
+            with _on_loopback(), _light_dashboard(), _deaf_to_hangups():
                 ray.init(
                     _temp_dir=private or cluster.temp_dir,
                     include_dashboard=cluster.dashboard_port is not None,
@@ -132,6 +134,20 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _deaf_to_hangups() -> Iterator[None]:
+    """A terminal that goes away says so to all that was started from it, to Ray as well, with which a run must still
+    write its checkpoint. What is started meanwhile, and its children, do not hear it; they end with this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal can be set
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

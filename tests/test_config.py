@@ -65,10 +65,9 @@ def test_an_unknown_key_like_no_other_lists_what_there_is() -> None:
     assert refusal("model.zzz=3") == "model.zzz: unknown key; takes one of path, dtype, attention, liger, think_close"
 
 
-def test_off_is_a_word() -> None:
+def test_off_is_what_wandb_takes_though_yaml_means_false() -> None:
     assert load(Config, QUICKSTART, ["train.wandb=off"]).train.wandb == "off"
-    assert load(Config, QUICKSTART, ["rollout.triggers=[No, Wait]"]).rollout.triggers == ["No", "Wait"]
-    assert load(Config, QUICKSTART, ["train.refill=true"]).train.refill
+    assert refusal("train.wandb=on") == "train.wandb: got True, takes 'off', 'offline' or 'online'"
 
 
 def test_an_unknown_key_below_a_name_of_the_users_suggests_the_nearest_one() -> None:

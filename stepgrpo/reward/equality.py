@@ -57,7 +57,7 @@ _TO_LATEX = str.maketrans(_SIGNS | dict.fromkeys(_SILENT, ""))
 _MULTIPLIER = r"(?:hundred|thousand|\w*llion|dozen)"
 _FUNCTION = (
     r"(?:sin|cos|tan|log|mod|sec\s+[A-Za-z]\b"
-    r"|(?:cot|csc|arc\w+|exp|gcd|lcm|det|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi)\b)"
+    r"|(?:cot|csc|arc(?:sin|cos|tan)h?|exp|gcd|lcm|det|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi)\b)"
 )
 
 
@@ -128,14 +128,14 @@ def _apply(rules: list[_Rule], latex: str) -> str:
     return latex.strip()
 
 
-_FURTHER = re.compile(r"\s*(?:and|or|&|,)(?!\w)|(?:^|[,;&]|\b(?:and|or))\s*(?:\([A-J]\)|[A-J](?:[):]|$))")
+_FURTHER = re.compile(r"^\s*(?:(?:and|or|&)(?!\w)|\([A-J]\))|[,;&]\s*(?:\([A-J]\)|[A-J][):])")
 """What stands behind a first letter and names another."""
 
 
 def _choice(latex: str) -> re.Match[str] | None:
     """Of one choice: several are none."""
     found = _CHOICE.fullmatch(_FONT.sub(r"\1", latex).strip())
-    return None if found and (_FURTHER.match(found["rest"]) or _FURTHER.search(found["rest"])) else found
+    return None if found and _FURTHER.search(found["rest"]) else found
 
 
 def _words(latex: str) -> list[str] | None:

@@ -35,6 +35,8 @@ PROGRAM = textwrap.dedent("""
             call_forked(lambda: {}["nothing"])
         except KeyError as e:
             assert str(e) == "'nothing'"
+        else:
+            raise AssertionError
         process = ForkingContext().Process(target=begin, name="worker", kwargs={"told": sys.argv[1]})
         process.start()
         process.join()

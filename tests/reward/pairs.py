@@ -236,6 +236,10 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         (r"\text{Option C}", "C"),
         ("Option C", "C"),
         ("B, C", "C, B"),
+        ("D) Both A and B", "D"),
+        ("(D) Both (A) and (B)", "D"),
+        ("(A) B", "A"),
+        ("(C), 12", "C"),
     ],
     "text": [
         (r"\text{Monday}", "Monday"),
