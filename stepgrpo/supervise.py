@@ -173,7 +173,7 @@ def _until_end(driver: subprocess.Popen[bytes], wishes: Collection[int], hangs: 
         keys += sent.si_signo == signal.SIGINT
         if keys > 2:
             os.kill(driver.pid, signal.SIGKILL)
-        elif sent.si_code != _SI_KERNEL:
+        elif sent.si_code != _SI_KERNEL or sent.si_signo == signal.SIGHUP:  # of a hang-up the kernel tells one of them
             os.kill(driver.pid, sent.si_signo)
         wished = True
     driver.returncode = status  # taken from under Popen, which would warn
