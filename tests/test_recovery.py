@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import time
@@ -99,16 +100,23 @@ def test_a_killed_run_equals_the_uninterrupted_one_bit_for_bit(uninterrupted: Pa
     assert_same(killed, uninterrupted)
 
 
-def test_a_run_that_is_asked_to_end_loses_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_run_whose_terminal_hangs_up_loses_nothing(uninterrupted: Path, tmp_path: Path) -> None:
     settings = [*ON_POLICY, "checkpoint.every=100"]
     run, screen = tmp_path / "run", tmp_path / "screen"
     with screen.open("w") as out:
-        asked = subprocess.Popen(command(tmp_path, "run", settings), env=variables(), stdout=out, stderr=out)
+        asked = subprocess.Popen(
+            command(tmp_path, "run", settings),
+            env=variables(),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which may be ignored here
+        )
         deadline = time.monotonic() + 300
         while not any(line["batch"] == 2 for line in rundir.read_json_lines(run / "draws.jsonl")):
             assert asked.poll() is None and time.monotonic() < deadline, screen.read_text()
             time.sleep(0.02)
-        asked.terminate()
+        os.killpg(asked.pid, signal.SIGHUP)  # as a shell tells its jobs: Ray hears it too
         assert asked.wait(60) == 130, screen.read_text()
     assert "asked to end: it finishes its update and writes a checkpoint" in screen.read_text()
     done = len(read_lines(run / "draws.jsonl"))
