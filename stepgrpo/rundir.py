@@ -236,13 +236,15 @@ _OF_BATCHES = {
 }
 """File of JSON lines -> the field that says which batch, or which weights, a line is about; None: about no batch."""
 _LOCK = ".lock"
+_appending = threading.Lock()
+"""Threads that add to one file: half of another's line looks as if it had been cut off."""
 
 
 def append_json(path: Path, *records: dict[str, Any]) -> None:
     """Add a line each to a file of JSON lines, all or none, behind what another attempt did not write to its end. A
     figure that is not finite, which JSON cannot say, is null."""
     text = "".join(json.dumps(finite(record)) + "\n" for record in records).encode()
-    with path.open("a+b", buffering=0) as f:
+    with _appending, path.open("a+b", buffering=0) as f:
         size = f.seek(0, os.SEEK_END)
         if size and os.pread(f.fileno(), 1, size - 1) != b"\n":
             text = b"\n" + text

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,13 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
         f.write('{"b": ')
     rundir.append_json(path, {"c": 3}, {"d": float("nan")})
     assert list(rundir.read_json_lines(path)) == [{"a": 1}, {"c": 3}, {"d": None}]
+
+
+def test_lines_of_several_threads_do_not_meet(tmp_path: Path) -> None:
+    path, record = tmp_path / "lines.jsonl", {"x": "y" * 50_000}
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: rundir.append_json(path, record, record), range(200)))
+    assert path.read_text() == (json.dumps(record) + "\n") * 400
 
 
 def test_what_is_left_of_a_start_that_died_is_no_run(tmp_path: Path) -> None:
