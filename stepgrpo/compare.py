@@ -75,9 +75,8 @@ class Job:
         made, now = flat(row["settings"]), flat(self.settings)
         # What only the row says is a setting of an earlier version, which decides about nothing any more; or it is an
         # entry of a mapping, or of a section, that is another one now.
-        entries = {
-            k for k in made if _related(k, now) or is_under(k, ["sft", *(d for d, v in _defaults().items() if v == {})])
-        }
+        mappings = ["sft", *(k for k, v in _defaults().items() if v == {})]
+        entries = {k for k in made if is_under(k, mappings) or _related(k, now)}
         settings = [k for k in sorted(entries | now.keys()) if _value(made, k) != _value(now, k)]
         return settings + [k for k, v in self.files.items() if row["files"].get(k) != v]
 
